@@ -1,0 +1,1 @@
+"""The benchmark: providers, traffic meter, report and command line; imports as `dlgpu.bench`."""

@@ -1,0 +1,41 @@
+"""Refusals: every message names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+__all__ = ["require_device", "require_dtype", "require_floating", "require_shape", "require_tensor"]
+
+
+def require_tensor(op: str, name: str, value: Any) -> None:
+    """TypeError unless `value` is a tensor."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(value).__name__}")
+
+
+def require_floating(op: str, name: str, tensor: torch.Tensor) -> None:
+    """TypeError unless the tensor is real floating point of a dtype that some backend takes."""
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
+
+
+def require_dtype(op: str, name: str, tensor: torch.Tensor, dtype: torch.dtype, of: str) -> None:
+    """TypeError unless the tensor has `dtype`, which is the dtype of argument `of`."""
+    if tensor.dtype != dtype:
+        raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected {dtype}, the dtype of {of}")
+
+
+def require_device(op: str, name: str, tensor: torch.Tensor, device: torch.device, of: str) -> None:
+    """RuntimeError unless the tensor is on `device`, which is the device of argument `of`."""
+    if tensor.device != device:
+        raise RuntimeError(f"{op}: {name} is on {tensor.device}, expected {device}, the device of {of}")
+
+
+def require_shape(op: str, name: str, tensor: torch.Tensor, shape: tuple[int | str, ...]) -> None:
+    """RuntimeError unless the tensor's shape is `shape`; a str in it stands for any size."""
+    got = tuple(tensor.shape)
+    if len(got) != len(shape) or any(not isinstance(s, str) and s != g for s, g in zip(shape, got, strict=True)):
+        expected = ", ".join(str(s) for s in shape)
+        raise RuntimeError(f"{op}: {name} has shape {list(got)}, expected [{expected}]")

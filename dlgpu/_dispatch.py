@@ -1,0 +1,273 @@
+"""Ops in PyTorch's own dispatcher, and the choice between the backends that can run them.
+
+An op has a schema whose last argument is `str backend`, one implementation per backend, and a fake one for tracing:
+
+    triton    the kernels of dlgpu.kernels: compiled for CUDA tensors, or interpreted (TRITON_INTERPRET=1) for CPU ones
+    fallback  the array code of dlgpu.fallback: NumPy for CPU tensors, CuPy for CUDA tensors without Triton
+    torch     torch's own functions: CUDA tensors that the kernels do not take (float64; bfloat16 below capability 8.0)
+
+The public function resolves the choice once and passes it down; forward keeps it for backward, which runs on autograd's
+own threads and so must not read a thread-local again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from dlgpu.kernels import _triton
+
+__all__ = [
+    "Explanation",
+    "available_backends",
+    "below_autograd",
+    "choose_backend",
+    "debug",
+    "define",
+    "differentiable_vjp",
+    "explain",
+    "use_backend",
+]
+
+BACKENDS = ("auto", "triton", "fallback")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_library = torch.library.Library("dlgpu", "DEF")
+below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+def _valid(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: got {name!r}, expected one of {', '.join(BACKENDS)}")
+    return name
+
+
+class _Settings(threading.local):
+    # Not a ContextVar: Dynamo cannot trace one.
+    backend: str | None = None
+
+
+_settings = _Settings()
+_default_backend = _valid(os.environ.get("DLGPU_BACKEND", "auto"), "the environment variable DLGPU_BACKEND")
+
+
+@contextlib.contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Within the block, this thread's calls of dlgpu run on `backend`.
+
+    Args:
+        backend: "auto" (by the tensor's device), "triton" or "fallback". Outside any block the environment variable
+            DLGPU_BACKEND holds, read when dlgpu is imported; without it, "auto".
+
+    Raises:
+        ValueError: if there is no such backend. A backend that cannot run raises where it is called on (RuntimeError, or
+            TypeError for a dtype that it does not take); nothing ever falls back in silence.
+    """
+    before = _settings.backend
+    _settings.backend = _valid(backend, "backend")
+    try:
+        yield
+    finally:
+        _settings.backend = before
+
+
+def available_backends() -> tuple[str, ...]:
+    """The backends that can run here on some device, best first. Makes no CUDA call beyond asking whether there is one."""
+    found = []
+    if _triton.INTERPRETED or (_triton.AVAILABLE and torch.cuda.is_available()):
+        found.append("triton")
+    return (*found, "fallback")
+
+
+@functools.lru_cache(maxsize=None)
+def _has_cupy() -> bool:
+    return importlib.util.find_spec("cupy") is not None
+
+
+def _choose(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """(backend, why)."""
+    wanted = _settings.backend or _default_backend
+    if wanted == "fallback":
+        return "fallback", "chosen explicitly"
+    cuda = device.type == "cuda"
+    if wanted == "triton":
+        if not _triton.AVAILABLE:
+            raise RuntimeError("backend 'triton' was chosen, but Triton is not installed")
+        if not cuda and not _triton.INTERPRETED and device.type != "meta":
+            raise RuntimeError(
+                f"backend 'triton' was chosen for a tensor on {device}: the kernels run on CUDA tensors, or on CPU "
+                "tensors in Triton's interpreter (set TRITON_INTERPRET=1 before Triton is imported)"
+            )
+        if dtype not in KERNEL_DTYPES:
+            raise TypeError(f"backend 'triton' was chosen, but its kernels take {_names(KERNEL_DTYPES)}, not {dtype}")
+        return "triton", "chosen explicitly" + (" (Triton's interpreter)" if _triton.INTERPRETED else "")
+    if not cuda:
+        return "fallback", f"the tensor is on {device.type}"
+    if dtype not in KERNEL_DTYPES:
+        return "torch", f"the kernels do not take {dtype}"
+    if not _triton.AVAILABLE:
+        if _has_cupy():
+            return "fallback", "Triton is not installed; CuPy is"
+        raise RuntimeError("CUDA tensors need Triton (pip install triton) or CuPy (the extra cupy13 or cupy12)")
+    if dtype is torch.bfloat16 and _triton.device_limits(device)[0] < 80:
+        return "torch", "bfloat16 kernels need capability 8.0"
+    return "triton", f"the tensor is on {device.type}"
+
+
+def choose_backend(tensor: torch.Tensor) -> str:
+    """The backend for a call whose first operand is `tensor`, under this thread's setting."""
+    if _settings.backend is None and _default_backend == "auto" and tensor.device.type == "cpu":
+        return "fallback"
+    return _choose(tensor.device, tensor.dtype)[0]
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def define(
+    schema: str,
+    *,
+    triton: Callable[..., Any],
+    fallback: Callable[..., Any],
+    eager: Callable[..., Any],
+    fake: Callable[..., Any],
+    autograd: Callable[..., Any] | None = None,
+    autocast: Callable[..., Any] | None = None,
+    tags: Sequence[torch.Tag] = (),
+) -> Any:
+    """Defines op `dlgpu::<name>` and gives its callable overload.
+
+    Args:
+        schema: as torch.library takes it; the last argument must be `str backend`.
+        triton, fallback, eager: implementations on tensors, without the argument `backend`; `eager` is torch's own.
+        fake: shapes and dtypes for tracing, with all arguments.
+        autograd: what to run at the Autograd key, with all arguments; it redispatches `below_autograd`.
+        autocast: maps (all arguments, the autocast dtype) to cast arguments; None leaves autocast without effect.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=tuple(tags))
+    table = {"triton": triton, "fallback": fallback, "torch": eager}
+
+    def run(*args: Any) -> Any:
+        return table[args[-1]](*args[:-1])
+
+    _library.impl(name, run, "CPU")
+    _library.impl(name, run, "CUDA")
+    torch.library.register_fake(f"dlgpu::{name}", fake, lib=_library)
+    op = getattr(torch.ops.dlgpu, name).default
+    if autograd is not None:
+        _library.impl(name, autograd, "Autograd")
+    if autocast is not None:
+        for device in ("CPU", "CUDA"):
+            _library.impl(name, _autocast_kernel(op, autocast, device), f"Autocast{device}")
+    return op
+
+
+def _autocast_kernel(op: Any, cast: Callable[..., Any], device: str) -> Callable[..., Any]:
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
+    device_type = device.lower()
+
+    def run(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return op(*cast(args, torch.get_autocast_dtype(device_type)))
+
+    return run
+
+
+def cast_floating(args: Sequence[Any], dtype: torch.dtype) -> tuple[Any, ...]:
+    """Arguments with floating tensors cast to `dtype`, float64 left alone: torch's rule for eligible tensors."""
+    return tuple(
+        a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() and a.dtype is not torch.float64 else a
+        for a in args
+    )
+
+
+def differentiable_vjp(
+    function: Callable[..., torch.Tensor], inputs: Sequence[Any], needs: Sequence[bool], grad: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of `function(*inputs)` with respect to the inputs that `needs` marks, themselves differentiable.
+
+    For the backward of a backward: raw ops have no derivative, so it is rebuilt from torch's own operations.
+    """
+    with torch.enable_grad():
+        # Aliases, so that a tensor given twice gets each of its two gradients once.
+        aliases = [x.view_as(x) if isinstance(x, torch.Tensor) else x for x in inputs]
+        wanted = [x for x, need in zip(aliases, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(function(*aliases), wanted, grad, create_graph=True))
+    return tuple(next(found) if need else None for need in needs)
+
+
+_debug = False
+
+
+def debug(enabled: bool = True) -> None:
+    """With debug(True), mistakes that a GPU cannot report without synchronizing raise at once: a target class out of range
+    is an IndexError that names the row. Off by default: such a row's loss and gradient are NaN."""
+    global _debug
+    _debug = enabled
+
+
+def debugging() -> bool:
+    """Whether debug(True) holds."""
+    return _debug
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What a call would run: the answer of `explain`."""
+
+    op: str
+    backend: str
+    reason: str
+    # (what runs, its configuration and why), in order of launch.
+    steps: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        width = max((len(name) for name, _ in self.steps), default=0)
+        lines = [f"{self.op}: backend {self.backend}, because {self.reason}"]
+        lines += [f"  {name:<{width}}  {what}" for name, what in self.steps]
+        return "\n".join(lines)
+
+
+# op name -> function of the public function's arguments giving (the tensor that decides, {backend: steps}).
+_explainers: dict[str, Callable[..., tuple[torch.Tensor, Callable[[str], Sequence[tuple[str, str]]]]]] = {}
+
+
+def explains(op: str) -> Callable[[Any], Any]:
+    """Registers the function below it as the explainer of `op`: it takes what the public function takes, and gives the
+    tensor that decides the backend and a function from a backend's name to its steps."""
+
+    def register(function: Any) -> Any:
+        _explainers[op] = function
+        return function
+
+    return register
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
+    """Says which backend and configuration `dlgpu.functional.<op>(*args, **kwargs)` would run, and why. Runs nothing.
+
+    Args:
+        op: the name of a function of dlgpu.functional, or of an optimizer ("adam", "adamw").
+        *args, **kwargs: what that function takes (for an optimizer, the parameters). Tensors may be on the meta device.
+
+    Returns:
+        An Explanation; print it.
+
+    Raises:
+        ValueError: if there is no such op.
+    """
+    if op not in _explainers:
+        raise ValueError(f"op: got {op!r}, expected one of {', '.join(sorted(_explainers))}")
+    tensor, steps = _explainers[op](*args, **kwargs)
+    backend, reason = _choose(tensor.device, tensor.dtype)
+    return Explanation(op, backend, reason, tuple(steps(backend)))

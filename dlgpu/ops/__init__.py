@@ -1,0 +1,1 @@
+"""Public functions: checks, the dispatcher's ops and their autograd, one module a stem."""

@@ -1,0 +1,375 @@
+"""Softmax cross-entropy: checks, the dispatcher's ops and autograd. The kernels are in kernels/cross_entropy.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from dlgpu import _checks, _dispatch
+from dlgpu._arrays import to_array, to_tensor
+from dlgpu.fallback import cross_entropy as arrays
+from dlgpu.kernels import configs
+from dlgpu.kernels import cross_entropy as kernels
+
+__all__ = ["cross_entropy"]
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def cross_entropy(
+    input: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """loss_i = (1 - e) w_t (lse - x_t) + e / C sum_j w_j (lse - x_j), lse = log sum_j exp x_j, t = target_i, e = smoothing.
+
+    Args:
+        input: logits x, [C], [N, C] or [N, C, d1, ...], float32, bfloat16, float16 or float64.
+        target: class indices, [], [N] or [N, d1, ...], int64. Class probabilities are refused for now.
+        weight: w, [C], of the input's dtype, or None for ones.
+        size_average, reduce: torch's deprecated spelling of `reduction`.
+        ignore_index: rows with this target count nowhere: loss and gradient 0.
+        reduction: "none", "mean" (over the counted rows' w_t; NaN if there are none) or "sum".
+        label_smoothing: e, in [0, 1].
+
+    Returns:
+        The loss, a scalar or target's shape for "none", in the input's dtype; float32 under autocast. As
+        torch.nn.functional.cross_entropy.
+
+    Raises:
+        IndexError: a target is no class, on the CPU. On a GPU that would need a synchronization: there the row's loss and
+            gradient are NaN, and under dlgpu.debug(True) it is this error.
+        RuntimeError, ValueError: a shape, device or option does not fit.
+        TypeError: a dtype does not fit.
+
+    Saved for backward: the logits by reference, and two float32 a row (the maximum and the sum of exponentials). Backward
+    recomputes the probabilities: 2 reads and 1 write of the logits in all.
+
+    Sources: label smoothing, Szegedy et al., arXiv:1512.00567; online softmax, Milakov and Gimelshein, arXiv:1805.02867.
+
+    >>> cross_entropy(torch.zeros(2, 4), torch.tensor([1, 3]))
+    tensor(1.3863)
+    """
+    _checks.require_tensor("cross_entropy", "input", input)
+    _checks.require_tensor("cross_entropy", "target", target)
+    if size_average is not None or reduce is not None:
+        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+    backend = _dispatch.choose_backend(input)
+    if input.dim() == 2 and target.dim() == 1:
+        return _cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing, backend)  # type: ignore[no-any-return]
+    if input.dim() == 0:
+        raise RuntimeError("cross_entropy: input has no dimensions, expected [C], [N, C] or [N, C, d1, ...]")
+    if input.shape == target.shape and target.is_floating_point():
+        _refuse_probabilities()
+    expected = input.shape[:1][:0] if input.dim() == 1 else input.shape[:1] + input.shape[2:]
+    if target.shape != expected:
+        raise ValueError(
+            f"cross_entropy: target has shape {list(target.shape)}, expected {list(expected)} for input of shape "
+            f"{list(input.shape)}"
+        )
+    logits = input.unsqueeze(0) if input.dim() == 1 else input.movedim(1, -1).reshape(-1, input.shape[1])
+    loss = _cross_entropy(
+        logits, target.reshape(-1), weight, reduction, ignore_index, label_smoothing, backend
+    )
+    return loss.view(target.shape) if reduction == "none" else loss  # type: ignore[no-any-return]
+
+
+def _refuse_probabilities() -> None:
+    raise NotImplementedError(
+        "cross_entropy: target is floating point; class probabilities are not supported yet, use class indices (int64) "
+        "or torch.nn.functional.cross_entropy"
+    )
+
+
+def _check(
+    x: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    reduction: str,
+    label_smoothing: float,
+) -> None:
+    op = "cross_entropy"
+    _checks.require_floating(op, "input", x)
+    _checks.require_shape(op, "input", x, ("N", "C"))
+    if target.is_floating_point():
+        _refuse_probabilities()
+    if target.dtype != torch.int64:
+        raise TypeError(f"{op}: target has dtype {target.dtype}, expected torch.int64")
+    _checks.require_device(op, "target", target, x.device, "input")
+    if target.shape != x.shape[:1]:
+        raise ValueError(f"{op}: target has shape {list(target.shape)}, expected [{x.shape[0]}], a class for each row")
+    if x.shape[1] == 0:
+        raise ValueError(f"{op}: input has shape {list(x.shape)}: no classes")
+    if weight is not None:
+        _checks.require_dtype(op, "weight", weight, x.dtype, "input")
+        _checks.require_device(op, "weight", weight, x.device, "input")
+        _checks.require_shape(op, "weight", weight, (x.shape[1],))
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise RuntimeError(f"{op}: label_smoothing must be between 0 and 1, got {label_smoothing}")
+
+
+def _check_classes(x: torch.Tensor, target: torch.Tensor, ignore_index: int) -> None:
+    """IndexError for a target that is no class: always on the CPU, on a GPU only when debugging, for it synchronizes."""
+    if target.device.type != "cpu" and not _dispatch.debugging():
+        return
+    if target.numel() == 0:
+        return
+    low, high = torch.aminmax(target)
+    if low >= 0 and high < x.shape[1]:
+        return
+    bad = ((target < 0) | (target >= x.shape[1])) & (target != ignore_index)
+    if bad.any():
+        row = int(bad.nonzero()[0, 0])
+        raise IndexError(
+            f"cross_entropy: target {int(target[row])} of row {row} is out of bounds for {x.shape[1]} classes"
+        )
+
+
+def _fwd_triton(
+    x: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    _check(x, target, weight, reduction, label_smoothing)
+    _check_classes(x, target, ignore_index)
+    loss, stats, denominator = kernels.cross_entropy_fwd(
+        x, target, weight, reduction, ignore_index, label_smoothing
+    )
+    return loss, stats, x.new_empty(0, dtype=torch.float32) if denominator is None else denominator
+
+
+def _fwd_fallback(
+    x: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    _check(x, target, weight, reduction, label_smoothing)
+    _check_classes(x, target, ignore_index)
+    loss, stats, denominator = arrays.cross_entropy_fwd(
+        to_array(x),
+        to_array(target),
+        None if weight is None else to_array(weight),
+        reduction,
+        ignore_index,
+        label_smoothing,
+    )
+    kept = _statistics_dtype(x)
+    if reduction == "none":
+        denominator = denominator[:0]
+    return to_tensor(loss, x.dtype), to_tensor(stats, kept), to_tensor(denominator, kept)
+
+
+def _statistics_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+def _fwd_eager(
+    x: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """torch's own, which keeps no statistics: backward recomputes them."""
+    _check(x, target, weight, reduction, label_smoothing)
+    _check_classes(x, target, ignore_index)
+    loss = F.cross_entropy(
+        x,
+        target,
+        weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+    kept = _statistics_dtype(x)
+    return (
+        loss,
+        x.new_zeros((2, x.shape[0]), dtype=kept),
+        x.new_zeros(0 if reduction == "none" else 1, dtype=kept),
+    )
+
+
+def _fwd_fake(
+    x: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    _check(x, target, weight, reduction, label_smoothing)
+    kept = _statistics_dtype(x)
+    none = reduction == "none"
+    return (
+        x.new_empty(x.shape[:1] if none else ()),
+        x.new_empty((2, x.shape[0]), dtype=kept),
+        x.new_empty(0 if none else 1, dtype=kept),
+    )
+
+
+def _bwd_fallback(
+    dloss: torch.Tensor,
+    x: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    stats: torch.Tensor,
+    denominator: torch.Tensor,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+) -> torch.Tensor:
+    dx = arrays.cross_entropy_bwd(
+        to_array(dloss),
+        to_array(x),
+        to_array(target),
+        None if weight is None else to_array(weight),
+        to_array(stats),
+        to_array(denominator),
+        reduction,
+        ignore_index,
+        label_smoothing,
+    )
+    return to_tensor(dx, x.dtype)
+
+
+def _bwd_eager(
+    dloss: torch.Tensor,
+    x: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    stats: torch.Tensor,
+    denominator: torch.Tensor,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+) -> torch.Tensor:
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        loss = F.cross_entropy(
+            leaf,
+            target,
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
+        return torch.autograd.grad(loss, leaf, dloss)[0]
+
+
+def _bwd_fake(dloss: torch.Tensor, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+class CrossEntropyFunction(torch.autograd.Function):
+    """Autograd of `cross_entropy` on [N, C] logits, at the op's Autograd key."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: torch.Tensor,
+        target: torch.Tensor,
+        weight: torch.Tensor | None,
+        reduction: str,
+        ignore_index: int,
+        label_smoothing: float,
+        backend: str,
+    ) -> torch.Tensor:
+        with _dispatch.below_autograd():
+            loss, stats, denominator = _cross_entropy_fwd(
+                x, target, weight, reduction, ignore_index, label_smoothing, backend
+            )
+        ctx.save_for_backward(x, target, weight, stats, denominator)
+        ctx.options, ctx.backend = (reduction, ignore_index, label_smoothing), backend
+        return loss  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        x, target, weight, stats, denominator = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            reduction, ignore_index, label_smoothing = ctx.options
+
+            def eager(x: torch.Tensor) -> torch.Tensor:
+                return F.cross_entropy(
+                    x,
+                    target,
+                    weight,
+                    ignore_index=ignore_index,
+                    reduction=reduction,
+                    label_smoothing=label_smoothing,
+                )
+
+            (dx,) = _dispatch.differentiable_vjp(eager, (x,), (True,), dloss)
+        else:
+            dx = _cross_entropy_backward(
+                dloss, x, target, weight, stats, denominator, *ctx.options, ctx.backend
+            )
+        return dx, None, None, None, None, None, None
+
+
+def _cross_entropy_autograd(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    if torch.is_grad_enabled() and x.requires_grad:
+        return CrossEntropyFunction.apply(x, *rest)  # type: ignore[no-any-return]
+    with _dispatch.below_autograd():
+        return _cross_entropy(x, *rest)  # type: ignore[no-any-return]
+
+
+_cross_entropy = _dispatch.define(
+    "cross_entropy(Tensor input, Tensor target, Tensor? weight, str reduction, int ignore_index, "
+    "float label_smoothing, str backend) -> Tensor",
+    triton=lambda *args: _fwd_triton(*args)[0],
+    fallback=lambda *args: _fwd_fallback(*args)[0],
+    eager=lambda *args: _fwd_eager(*args)[0],
+    fake=lambda *args: _fwd_fake(*args)[0],
+    autograd=_cross_entropy_autograd,
+    autocast=lambda args, dtype: _dispatch.cast_floating(args, torch.float32),
+)
+_cross_entropy_fwd = _dispatch.define(
+    "cross_entropy_fwd(Tensor input, Tensor target, Tensor? weight, str reduction, int ignore_index, "
+    "float label_smoothing, str backend) -> (Tensor, Tensor, Tensor)",
+    triton=_fwd_triton,
+    fallback=_fwd_fallback,
+    eager=_fwd_eager,
+    fake=_fwd_fake,
+)
+_cross_entropy_backward = _dispatch.define(
+    "cross_entropy_backward(Tensor dloss, Tensor input, Tensor target, Tensor? weight, Tensor stats, "
+    "Tensor denominator, str reduction, int ignore_index, float label_smoothing, str backend) -> Tensor",
+    triton=kernels.cross_entropy_bwd,
+    fallback=_bwd_fallback,
+    eager=_bwd_eager,
+    fake=_bwd_fake,
+)
+
+
+@_dispatch.explains("cross_entropy")
+def _explain(input: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
+    C = input.shape[-1] if input.dim() == 1 else input.shape[1]
+
+    def steps(backend: str) -> list[tuple[str, str]]:
+        if backend == "triton":
+            tile = configs.cross_entropy_tile(input.dtype, C)
+            return [
+                ("_cross_entropy_fwd_kernel", f"{tile}; reads the logits once"),
+                ("_cross_entropy_reduce_kernel", "one program"),
+                ("_cross_entropy_bwd_kernel", f"{tile}; reads the logits and writes their gradient once"),
+            ]
+        return [("forward, backward", "torch's own" if backend == "torch" else "NumPy or CuPy, by blocks of rows")]
+
+    return input, steps

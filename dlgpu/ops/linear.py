@@ -1,0 +1,370 @@
+"""y = act(x w^T + b): checks, the dispatcher's ops and autograd. The kernels are in kernels/linear.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from dlgpu import _checks, _dispatch
+from dlgpu._arrays import to_array, to_tensor
+from dlgpu.fallback import linear as arrays
+from dlgpu.kernels import _triton, configs
+from dlgpu.kernels import linear as kernels
+from dlgpu.kernels.activations import lookup, saved_for_backward
+
+__all__ = ["linear"]
+
+
+def linear(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+) -> torch.Tensor:
+    """y = act(x w^T + b), in one kernel.
+
+    Args:
+        input: x, [..., in_features], float32, bfloat16, float16 or float64; any strides.
+        weight: w, [out_features, in_features], of the same dtype.
+        bias: b, [out_features], of the same dtype, or None.
+        activation: None, "relu", "leaky_relu", "sigmoid", "tanh", "gelu" (through erf), "gelu_tanh" or "silu".
+        negative_slope: leaky ReLU's slope for negative z.
+
+    Returns:
+        y, [..., out_features], of the same dtype, in autocast of the autocast dtype, as torch.nn.functional.linear.
+
+    Raises:
+        RuntimeError: a shape or device does not fit.
+        TypeError: a dtype does not fit.
+        ValueError: no such activation; the message lists them.
+
+    Saved for backward: x and w by reference, and y for relu, leaky_relu, sigmoid and tanh, z = x w^T + b for gelu,
+    gelu_tanh and silu, nothing more without an activation. Sums are float32 (float64 for float64).
+
+    Sources: GELU, Hendrycks and Gimpel, arXiv:1606.08415; SiLU, Elfwing et al., arXiv:1702.03118.
+
+    >>> x, w = torch.tensor([[1.0, -2.0]]), torch.tensor([[1.0, 1.0], [1.0, 0.0]])
+    >>> linear(x, w, activation="relu")
+    tensor([[0., 1.]])
+    """
+    _checks.require_tensor("linear", "input", input)
+    return _linear(input, weight, bias, activation, negative_slope, _dispatch.choose_backend(input))
+
+
+def _check(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None
+) -> None:
+    lookup(activation)
+    _checks.require_floating("linear", "input", input)
+    _checks.require_dtype("linear", "weight", weight, input.dtype, "input")
+    _checks.require_device("linear", "weight", weight, input.device, "input")
+    if input.dim() == 0:
+        raise RuntimeError("linear: input has no dimensions, expected [..., in_features]")
+    _checks.require_shape("linear", "weight", weight, ("out_features", input.shape[-1]))
+    if bias is not None:
+        _checks.require_dtype("linear", "bias", bias, input.dtype, "input")
+        _checks.require_device("linear", "bias", bias, input.device, "input")
+        _checks.require_shape("linear", "bias", bias, (weight.shape[0],))
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """[..., n] as [rows, n]; reshape(-1, n) cannot tell the rows of an empty tensor."""
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _fwd_triton(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    negative_slope: float,
+    save_z: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check(input, weight, bias, activation)
+    y, z = kernels.linear_fwd(_rows(input), weight, bias, activation, negative_slope, save_z)
+    return _shaped(y, z, input)
+
+
+def _fwd_fallback(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    negative_slope: float,
+    save_z: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check(input, weight, bias, activation)
+    y, z = arrays.linear_fwd(
+        to_array(_rows(input)),
+        to_array(weight),
+        None if bias is None else to_array(bias),
+        activation,
+        negative_slope,
+        save_z,
+    )
+    dtype = input.dtype
+    return _shaped(to_tensor(y, dtype), None if z is None else to_tensor(z, dtype), input)
+
+
+def _fwd_eager(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    negative_slope: float,
+    save_z: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check(input, weight, bias, activation)
+    z = F.linear(input, weight, bias)
+    y = lookup(activation).eager(z, negative_slope)
+    return y, z if save_z else input.new_empty(0)
+
+
+def _shaped(
+    y: torch.Tensor, z: torch.Tensor | None, input: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if input.dim() != 2:
+        shape = (*input.shape[:-1], y.shape[1])
+        y, z = y.view(shape), None if z is None else z.view(shape)
+    return y, torch.empty(0, dtype=y.dtype, device=y.device) if z is None else z
+
+
+def _fwd_fake(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    negative_slope: float,
+    save_z: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check(input, weight, bias, activation)
+    y = input.new_empty((*input.shape[:-1], weight.shape[0]))
+    return y, torch.empty_like(y) if save_z else input.new_empty(0)
+
+
+def _bwd_triton(
+    dy: torch.Tensor,
+    input: torch.Tensor | None,
+    weight: torch.Tensor,
+    saved: torch.Tensor | None,
+    activation: str | None,
+    negative_slope: float,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x = _rows(dy) if input is None else _rows(input)
+    dx, dw, db = kernels.linear_bwd(
+        _rows(dy), x, weight, None if saved is None else _rows(saved), activation, negative_slope, tuple(needs)
+    )
+    return _gradients(dx, dw, db, dy)
+
+
+def _bwd_fallback(
+    dy: torch.Tensor,
+    input: torch.Tensor | None,
+    weight: torch.Tensor,
+    saved: torch.Tensor | None,
+    activation: str | None,
+    negative_slope: float,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    gradients = arrays.linear_bwd(
+        to_array(_rows(dy)),
+        None if input is None else to_array(_rows(input)),
+        to_array(weight),
+        None if saved is None else to_array(_rows(saved)),
+        activation,
+        negative_slope,
+        needs,
+    )
+    dtype = dy.dtype
+    dx, dw, db = (None if g is None else to_tensor(g, dtype) for g in gradients)
+    return _gradients(dx, dw, db, dy)
+
+
+def _bwd_eager(
+    dy: torch.Tensor,
+    input: torch.Tensor | None,
+    weight: torch.Tensor,
+    saved: torch.Tensor | None,
+    activation: str | None,
+    negative_slope: float,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dz = _rows(dy if saved is None else lookup(activation).eager_gradient(dy, saved, negative_slope))
+    return _gradients(
+        dz @ weight if needs[0] else None,
+        dz.t() @ _rows(input) if needs[1] and input is not None else None,
+        dz.sum(0) if needs[2] else None,
+        dy,
+    )
+
+
+def _gradients(
+    dx: torch.Tensor | None, dw: torch.Tensor | None, db: torch.Tensor | None, dy: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """An op returns tensors: an empty one stands for what was not needed."""
+    if dx is not None and dy.dim() != 2:
+        dx = dx.view(*dy.shape[:-1], dx.shape[1])
+    if dx is None or dw is None or db is None:
+        empty = torch.empty(0, dtype=dy.dtype, device=dy.device)
+        # Each its own: an op's results must not be one tensor.
+        dx, dw, db = (torch.empty_like(empty) if g is None else g for g in (dx, dw, db))
+    return dx, dw, db
+
+
+def _bwd_fake(
+    dy: torch.Tensor,
+    input: torch.Tensor | None,
+    weight: torch.Tensor,
+    saved: torch.Tensor | None,
+    activation: str | None,
+    negative_slope: float,
+    needs: Sequence[bool],
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (
+        dy.new_empty((*dy.shape[:-1], weight.shape[1]) if needs[0] else 0),
+        dy.new_empty(weight.shape if needs[1] else 0),
+        dy.new_empty(weight.shape[0] if needs[2] else 0),
+    )
+
+
+class LinearFunction(torch.autograd.Function):
+    """Autograd of `linear`, at the op's Autograd key."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        activation: str | None,
+        negative_slope: float,
+        backend: str,
+    ) -> torch.Tensor:
+        saves = saved_for_backward(activation, negative_slope)
+        with _dispatch.below_autograd():
+            y, z = _linear_fwd(input, weight, bias, activation, negative_slope, saves == "z", backend)
+        # Without an activation a frozen weight needs no input, in backward or double backward.
+        x = input if saves or ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(x, weight, bias, y if saves == "y" else z if saves == "z" else None)
+        ctx.activation, ctx.negative_slope, ctx.backend = activation, negative_slope, backend
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        input, weight, bias, saved = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+            return (*_differentiable_backward(ctx, dy, input, weight, bias, needs), None, None, None)
+        dx, dw, db = _linear_backward(
+            dy, input, weight, saved, ctx.activation, ctx.negative_slope, needs, ctx.backend
+        )
+        return (
+            dx if needs[0] else None,
+            dw if needs[1] else None,
+            db if needs[2] else None,
+            None,
+            None,
+            None,
+        )
+
+
+def _differentiable_backward(
+    ctx: Any,
+    dy: torch.Tensor,
+    input: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor | None, ...]:
+    if input is None:
+        return dy @ weight if needs[0] else None, None, _rows(dy).sum(0) if needs[2] else None
+
+    def eager(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+        return lookup(ctx.activation).eager(F.linear(x, w, b), ctx.negative_slope)
+
+    return _dispatch.differentiable_vjp(eager, (input, weight, bias), needs, dy)
+
+
+def _linear_autograd(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    negative_slope: float,
+    backend: str,
+) -> torch.Tensor:
+    # Decided here: inside the Function, needs_input_grad is True even under no_grad.
+    if torch.is_grad_enabled() and (
+        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return LinearFunction.apply(input, weight, bias, activation, negative_slope, backend)  # type: ignore[no-any-return]
+    with _dispatch.below_autograd():
+        return _linear(input, weight, bias, activation, negative_slope, backend)  # type: ignore[no-any-return]
+
+
+_linear = _dispatch.define(
+    "linear(Tensor input, Tensor weight, Tensor? bias, str? activation, float negative_slope, str backend) -> Tensor",
+    triton=lambda *args: _fwd_triton(*args, False)[0],
+    fallback=lambda *args: _fwd_fallback(*args, False)[0],
+    eager=lambda *args: _fwd_eager(*args, False)[0],
+    fake=lambda *args: _fwd_fake(*args[:-1], False, args[-1])[0],
+    autograd=_linear_autograd,
+    autocast=_dispatch.cast_floating,
+)
+_linear_fwd = _dispatch.define(
+    "linear_fwd(Tensor input, Tensor weight, Tensor? bias, str? activation, float negative_slope, bool save_z, "
+    "str backend) -> (Tensor, Tensor)",
+    triton=_fwd_triton,
+    fallback=_fwd_fallback,
+    eager=_fwd_eager,
+    fake=_fwd_fake,
+)
+_linear_backward = _dispatch.define(
+    "linear_backward(Tensor dy, Tensor? input, Tensor weight, Tensor? saved, str? activation, float negative_slope, "
+    "bool[3] needs, str backend) -> (Tensor, Tensor, Tensor)",
+    triton=_bwd_triton,
+    fallback=_bwd_fallback,
+    eager=_bwd_eager,
+    fake=_bwd_fake,
+)
+
+
+@_dispatch.explains("linear")
+def _explain(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+) -> tuple[torch.Tensor, Any]:
+    _check(input, weight, bias, activation)
+    (N, K), M = weight.shape, input.shape[:-1].numel()
+
+    def steps(backend: str) -> list[tuple[str, str]]:
+        saves = saved_for_backward(activation, negative_slope)
+        if backend == "torch":
+            return [("forward", "torch.nn.functional.linear, then torch's activation"), ("backward", "torch's own")]
+        if backend == "fallback":
+            return [
+                ("forward", "BLAS product, then bias and activation in place"),
+                ("backward", f"activation's gradient from {saves}, then two BLAS products"),
+            ]
+        limits = _triton.device_limits(input.device)[:2]
+        dz = configs.linear_dz_tile(input.dtype, M, N)
+        return [
+            ("_linear_kernel (y)", str(configs.linear_tile(*limits, input.dtype, M, N, K))),
+            ("_linear_dz_kernel", f"{dz}; saved: {saves}"),
+            ("_linear_kernel (dx)", str(configs.linear_tile(*limits, input.dtype, M, K, N))),
+            ("_linear_kernel (dw)", str(configs.linear_tile(*limits, input.dtype, N, K, M))),
+        ]
+
+    return input, steps

@@ -1,0 +1,1 @@
+"""Device code and its launchers; imports as `dlgpu.kernels`."""

@@ -1,0 +1,129 @@
+"""The one place that imports Triton, and the jit helpers that every kernel shares.
+
+Without Triton the modules of this package still import: `triton.jit` then gives an object that raises when it is
+launched. With TRITON_INTERPRET=1 kernels run in Triton's interpreter, on CPU tensors and with no GPU; three of its
+habits need help here (measured on 3.6 and 3.7): it multiplies the raw bits of bf16 in `tl.dot`, it truncates float32 to
+bf16 where hardware rounds to nearest even, and it is not thread-safe.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+
+    AVAILABLE = True
+    INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+except ImportError:
+    AVAILABLE = False
+    INTERPRETED = False
+
+    class _NoKernel:
+        def __init__(self, fn: Any) -> None:
+            functools.update_wrapper(self, fn)
+
+        def __getitem__(self, grid: Any) -> Any:
+            raise RuntimeError("Triton is not installed: `pip install triton` (Linux), or use_backend('fallback')")
+
+    class _Language:
+        """Stands for triton.language while kernels are defined: every name in it is a function that gives its argument."""
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *args, **kwargs: args[0] if args else None
+
+    class _Triton:
+        jit = staticmethod(_NoKernel)
+
+        @staticmethod
+        def cdiv(a: int, b: int) -> int:
+            return -(-a // b)
+
+        @staticmethod
+        def next_power_of_2(n: int) -> int:
+            return 1 << max(n - 1, 0).bit_length()
+
+    tl = _Language()
+    triton = _Triton()
+
+__all__ = ["AVAILABLE", "INTERPRETED", "device_limits", "launch", "matmul_precision", "tl", "triton"]
+
+# Read inside kernels, where only tl.constexpr globals may be.
+INTERPRET = tl.constexpr(INTERPRETED)
+
+_interpreter_lock = threading.RLock()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+    """Launches `kernel` on the current stream of the first tensor's device.
+
+    FP fusion is always set: its default differs between Triton versions. An empty grid launches nothing.
+    """
+    if 0 in grid:
+        return
+    meta.setdefault("enable_fp_fusion", True)
+    if INTERPRETED:
+        # A GPU overflows and divides by zero without a word; so does the interpreter's NumPy then.
+        with _interpreter_lock, np.errstate(all="ignore"):
+            kernel[grid](*args, **meta)
+        return
+    device = next(a.device for a in args if isinstance(a, torch.Tensor))
+    if device.index == torch.cuda.current_device():
+        kernel[grid](*args, **meta)
+    else:
+        with torch.cuda.device(device):
+            kernel[grid](*args, **meta)
+
+
+@functools.lru_cache(maxsize=None)
+def _cuda_limits(index: int) -> tuple[int, int, int]:
+    properties = torch.cuda.get_device_properties(index)
+    return (
+        properties.major * 10 + properties.minor,
+        properties.shared_memory_per_block_optin,
+        properties.multi_processor_count,
+    )
+
+
+def device_limits(device: torch.device) -> tuple[int, int, int]:
+    """(capability, shared memory a block in bytes, multiprocessors); the interpreter poses as an H100 with 4 of them."""
+    if device.type == "cuda":
+        return _cuda_limits(device.index if device.index is not None else torch.cuda.current_device())
+    return 90, 227 * 1024, 4
+
+
+def matmul_precision(dtype: torch.dtype) -> str:
+    """`tl.dot`'s input_precision: "ieee" unless torch's own setting lets float32 products use tf32."""
+    if dtype is not torch.float32:
+        return "ieee"
+    backend = torch.backends.cuda.matmul
+    # fp32_precision follows the legacy setters; reading allow_tf32 after a user set it raises.
+    allowed = backend.fp32_precision == "tf32" if hasattr(backend, "fp32_precision") else backend.allow_tf32
+    return "tf32" if allowed else "ieee"
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b with float32 accumulation; the interpreter cannot multiply 16-bit operands rightly."""
+    if INTERPRET:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _cast(x, DTYPE: tl.constexpr):
+    """float32 x rounded to nearest even in DTYPE; the interpreter would truncate to bf16."""
+    if INTERPRET and DTYPE == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
+        rounded = tl.where(x != x, 0x7FC0, rounded).to(tl.uint16)
+        return rounded.to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(DTYPE)

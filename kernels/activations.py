@@ -1,0 +1,475 @@
+"""The table of activations: for each its Triton forward and derivative, their NumPy twins, torch's own function, and
+what its derivative needs saved.
+
+To add one, add a block: four functions and a row of `ACTIVATIONS`. Tests, benchmark and error texts iterate the table.
+
+Forms. A Triton forward maps float32 z to act(z); a Triton gradient maps (dy, saved) to dy * act'(z), where saved is y or
+z as the row says. The NumPy twins do the same on one contiguous block of an array: forward in place, gradient into `out`,
+which is neither `dy` nor `saved`. They also take CuPy arrays: NumPy's ufuncs hand those on to CuPy.
+
+NaN goes through: where(z <= 0, 0, z) keeps it, maximum(z, 0) would not. Large |z| is stable: every exponential that can
+overflow is in a denominator.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from . import configs
+from ._triton import _cast, launch, tl, triton
+
+__all__ = ["ACTIVATIONS", "Activation", "activation_bwd", "activation_fwd", "lookup", "saved_for_backward"]
+
+LOG2E = tl.constexpr(1.4426950408889634)
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
+# gelu_tanh is z * sigmoid(2 u), u = sqrt(2 / pi) (z + 0.044715 z^3); these are 2 sqrt(2 / pi) and that times 3 * 0.044715.
+GELU_TANH_C = tl.constexpr(1.5957691216057308)
+GELU_TANH_K = tl.constexpr(0.044715)
+
+
+@triton.jit
+def _sigmoid(z):
+    return 1.0 / (1.0 + tl.exp2(z * -LOG2E))
+
+
+@triton.jit
+def _sigmoid_pair(z):
+    """sigmoid(z) and 1 - sigmoid(z), the latter without cancellation."""
+    # Bounded, so that e stays finite and e s means 1 for very negative z.
+    e = tl.exp2(tl.minimum(z * -LOG2E, 126.0))
+    s = 1.0 / (1.0 + e)
+    return s, e * s
+
+
+@triton.jit
+def _identity_fwd(z, slope):
+    return z
+
+
+@triton.jit
+def _identity_grad(dy, saved, slope):
+    return dy
+
+
+@triton.jit
+def _relu_fwd(z, slope):
+    return tl.where(z <= 0, 0.0, z)
+
+
+@triton.jit
+def _relu_grad(dy, y, slope):
+    return tl.where(y <= 0, 0.0, dy)
+
+
+@triton.jit
+def _leaky_relu_fwd(z, slope):
+    return tl.where(z > 0, z, z * slope)
+
+
+@triton.jit
+def _leaky_relu_grad(dy, saved, slope):
+    return tl.where(saved > 0, dy, dy * slope)
+
+
+@triton.jit
+def _sigmoid_fwd(z, slope):
+    return _sigmoid(z)
+
+
+@triton.jit
+def _sigmoid_grad(dy, y, slope):
+    return dy * (1.0 - y) * y
+
+
+@triton.jit
+def _tanh_fwd(z, slope):
+    # 1 - 2 / (exp(2 |z|) + 1) cancels for small z: a polynomial there (minimax on [0, 0.6], relative error 3e-9).
+    q = z * z
+    p = -0.05378668010234833 + q * (0.020805377513170242 - q * 0.00590586056932807)
+    small = z + z * q * (-0.33333298563957214 + q * (0.13331958651542664 + q * p))
+    big = 1.0 - 2.0 / (tl.exp2(tl.abs(z) * (2.0 * LOG2E)) + 1.0)
+    return tl.where(tl.abs(z) < 0.6, small, tl.where(z < 0, -big, big))
+
+
+@triton.jit
+def _tanh_grad(dy, y, slope):
+    return dy * (1.0 - y * y)
+
+
+@triton.jit
+def _gelu_fwd(z, slope):
+    return 0.5 * z * (1.0 + tl.math.erf(z * SQRT_HALF))
+
+
+@triton.jit
+def _gelu_grad(dy, z, slope):
+    cdf = 0.5 * (1.0 + tl.math.erf(z * SQRT_HALF))
+    pdf = tl.exp2(z * z * (-0.5 * LOG2E)) * INV_SQRT_2PI
+    return dy * (cdf + z * pdf)
+
+
+@triton.jit
+def _gelu_tanh_fwd(z, slope):
+    return z * _sigmoid((z + z * z * z * GELU_TANH_K) * GELU_TANH_C)
+
+
+@triton.jit
+def _gelu_tanh_grad(dy, z, slope):
+    s, t = _sigmoid_pair((z + z * z * z * GELU_TANH_K) * GELU_TANH_C)
+    return dy * (s + z * s * t * ((1.0 + z * z * (3.0 * GELU_TANH_K)) * GELU_TANH_C))
+
+
+@triton.jit
+def _silu_fwd(z, slope):
+    return z * _sigmoid(z)
+
+
+@triton.jit
+def _silu_grad(dy, z, slope):
+    s, t = _sigmoid_pair(z)
+    return dy * (s * (1.0 + z * t))
+
+
+def _np_identity(z: Any, slope: float) -> None:
+    pass
+
+
+def _np_identity_grad(dy: Any, saved: Any, slope: float, out: Any) -> None:
+    out[...] = dy
+
+
+def _np_relu(z: Any, slope: float) -> None:
+    np.maximum(z, 0, out=z)
+
+
+def _np_relu_grad(dy: Any, y: Any, slope: float, out: Any) -> None:
+    np.copyto(out, dy)
+    np.copyto(out, 0, where=y <= 0)
+
+
+def _np_leaky_relu(z: Any, slope: float) -> None:
+    np.multiply(z, slope, out=z, where=z <= 0)
+
+
+def _np_leaky_relu_grad(dy: Any, saved: Any, slope: float, out: Any) -> None:
+    np.multiply(dy, slope, out=out)
+    np.copyto(out, dy, where=saved > 0)
+
+
+def _np_sigmoid_into(z: Any, out: Any) -> None:
+    np.negative(z, out=out)
+    with np.errstate(over="ignore"):
+        np.exp(out, out=out)
+    np.add(out, 1, out=out)
+    np.reciprocal(out, out=out)
+
+
+def _np_sigmoid(z: Any, slope: float) -> None:
+    _np_sigmoid_into(z, z)
+
+
+def _np_sigmoid_grad(dy: Any, y: Any, slope: float, out: Any) -> None:
+    np.subtract(1, y, out=out)
+    np.multiply(out, y, out=out)
+    np.multiply(out, dy, out=out)
+
+
+def _np_tanh(z: Any, slope: float) -> None:
+    np.tanh(z, out=z)
+
+
+def _np_tanh_grad(dy: Any, y: Any, slope: float, out: Any) -> None:
+    np.multiply(y, y, out=out)
+    np.subtract(1, out, out=out)
+    np.multiply(out, dy, out=out)
+
+
+# erf(x) = -expm1(-x q(x)) for x >= 0: q(x) = -log(1 - erf(x)) / x is smooth, and expm1 keeps small x exact to an ulp.
+# Coefficients of q, lowest power first: minimax on [0, 4] (absolute error of erf 1e-7 in float32) and Chebyshev
+# interpolation on [0, 6] (6e-16 in float64); erf is 1 beyond, to rounding.
+_ERF32 = (
+    1.128379225730896, 0.6366193890571594, 0.10277783125638962, -0.019153064116835594, -0.0001603963755769655,
+    0.0016670278273522854, -0.0006328370654955506, 0.00011764132796088234, -9.25627136894036e-06,
+)  # fmt: skip
+_ERF64 = (
+    1.1283791670955117, 0.6366197723678638, 0.10277260328876187, -0.019128446764023452, -0.00020919706460255437,
+    0.0016962207128815754, -0.0005901836985337993, 2.6046381440439165e-05, 6.413373927302388e-05,
+    -2.9142500255846204e-05, 2.6745006617727957e-06, 3.561118449273508e-06, -2.3113610181311997e-06,
+    6.912667980925151e-07, -3.720384282512875e-08, -7.538423715412225e-08, 4.704205746350751e-08,
+    -1.7584332230747717e-08, 4.8873892146104905e-09, -1.07242225685233e-09, 1.8976728680101824e-10,
+    -2.7219030968906763e-11, 3.1501593240726926e-12, -2.904178505128293e-13, 2.085572138290452e-14,
+    -1.1250771926698333e-15, 4.290206143186365e-17, -1.0311467691947156e-18, 1.174754392445117e-20,
+)  # fmt: skip
+
+
+def _np_normal_cdf(z: Any) -> Any:
+    """Phi(z) = (1 + erf(z / sqrt 2)) / 2 of an array."""
+    coefficients, limit = (_ERF32, 4.0) if z.dtype == np.float32 else (_ERF64, 6.0)
+    x = np.abs(z)
+    np.multiply(x, math.sqrt(0.5), out=x)
+    np.minimum(x, limit, out=x)
+    q = np.multiply(x, coefficients[-1])
+    for c in coefficients[-2:0:-1]:
+        np.add(q, c, out=q)
+        np.multiply(q, x, out=q)
+    np.add(q, coefficients[0], out=q)
+    np.multiply(q, x, out=q)
+    np.negative(q, out=q)
+    np.expm1(q, out=q)
+    np.negative(q, out=q)
+    np.copysign(q, z, out=q)
+    np.add(q, 1, out=q)
+    np.multiply(q, 0.5, out=q)
+    return q
+
+
+def _np_gelu(z: Any, slope: float) -> None:
+    np.multiply(z, _np_normal_cdf(z), out=z)
+
+
+def _np_gelu_grad(dy: Any, z: Any, slope: float, out: Any) -> None:
+    np.multiply(z, z, out=out)
+    np.multiply(out, -0.5, out=out)
+    np.exp(out, out=out)
+    np.multiply(out, 1 / math.sqrt(2 * math.pi), out=out)
+    np.multiply(out, z, out=out)
+    np.add(out, _np_normal_cdf(z), out=out)
+    np.multiply(out, dy, out=out)
+
+
+def _np_gelu_tanh_gate(z: Any, out: Any) -> None:
+    with np.errstate(over="ignore"):
+        np.multiply(z, z, out=out)
+        np.multiply(out, 0.044715, out=out)
+        np.add(out, 1, out=out)
+        np.multiply(out, z, out=out)
+        np.multiply(out, 2 * math.sqrt(2 / math.pi), out=out)
+    _np_sigmoid_into(out, out)
+
+
+def _np_gelu_tanh(z: Any, slope: float) -> None:
+    gate = np.empty_like(z)
+    _np_gelu_tanh_gate(z, gate)
+    np.multiply(z, gate, out=z)
+
+
+def _np_gelu_tanh_grad(dy: Any, z: Any, slope: float, out: Any) -> None:
+    gate = np.empty_like(z)
+    _np_gelu_tanh_gate(z, gate)
+    with np.errstate(over="ignore"):
+        np.multiply(z, z, out=out)
+        np.multiply(out, 3 * 0.044715, out=out)
+        np.add(out, 1, out=out)
+        np.multiply(out, 2 * math.sqrt(2 / math.pi), out=out)
+    np.multiply(out, z, out=out)
+    np.multiply(out, 1 - gate, out=out)
+    np.add(out, 1, out=out)
+    np.multiply(out, gate, out=out)
+    np.multiply(out, dy, out=out)
+
+
+def _np_silu(z: Any, slope: float) -> None:
+    gate = np.empty_like(z)
+    _np_sigmoid_into(z, gate)
+    np.multiply(z, gate, out=z)
+
+
+def _np_silu_grad(dy: Any, z: Any, slope: float, out: Any) -> None:
+    gate = np.empty_like(z)
+    _np_sigmoid_into(z, gate)
+    np.subtract(1, gate, out=out)
+    np.multiply(out, z, out=out)
+    np.add(out, 1, out=out)
+    np.multiply(out, gate, out=out)
+    np.multiply(out, dy, out=out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """One activation: see the module's docstring for the forms of its functions."""
+
+    forward: Any
+    gradient: Any
+    np_forward: Callable[[Any, float], None]
+    np_gradient: Callable[[Any, Any, float, Any], None]
+    # torch's function of (z, negative_slope), differentiable any number of times, and its gradient of (dy, saved, slope).
+    eager: Callable[[torch.Tensor, float], torch.Tensor]
+    eager_gradient: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+    # "y" where the derivative follows from the output, "z" where it needs the input, None where it is constant.
+    saves: str | None
+
+
+_aten = torch.ops.aten
+
+ACTIVATIONS: dict[str, Activation] = {
+    "relu": Activation(
+        forward=_relu_fwd,
+        gradient=_relu_grad,
+        np_forward=_np_relu,
+        np_gradient=_np_relu_grad,
+        eager=lambda z, slope: F.relu(z),
+        eager_gradient=lambda dy, y, slope: _aten.threshold_backward(dy, y, 0),
+        saves="y",
+    ),
+    "leaky_relu": Activation(
+        forward=_leaky_relu_fwd,
+        gradient=_leaky_relu_grad,
+        np_forward=_np_leaky_relu,
+        np_gradient=_np_leaky_relu_grad,
+        eager=F.leaky_relu,
+        eager_gradient=lambda dy, saved, slope: _aten.leaky_relu_backward(dy, saved, slope, False),
+        saves="y",
+    ),
+    "sigmoid": Activation(
+        forward=_sigmoid_fwd,
+        gradient=_sigmoid_grad,
+        np_forward=_np_sigmoid,
+        np_gradient=_np_sigmoid_grad,
+        eager=lambda z, slope: torch.sigmoid(z),
+        eager_gradient=lambda dy, y, slope: _aten.sigmoid_backward(dy, y),
+        saves="y",
+    ),
+    "tanh": Activation(
+        forward=_tanh_fwd,
+        gradient=_tanh_grad,
+        np_forward=_np_tanh,
+        np_gradient=_np_tanh_grad,
+        eager=lambda z, slope: torch.tanh(z),
+        eager_gradient=lambda dy, y, slope: _aten.tanh_backward(dy, y),
+        saves="y",
+    ),
+    "gelu": Activation(
+        forward=_gelu_fwd,
+        gradient=_gelu_grad,
+        np_forward=_np_gelu,
+        np_gradient=_np_gelu_grad,
+        eager=lambda z, slope: F.gelu(z),
+        eager_gradient=lambda dy, z, slope: _aten.gelu_backward(dy, z),
+        saves="z",
+    ),
+    "gelu_tanh": Activation(
+        forward=_gelu_tanh_fwd,
+        gradient=_gelu_tanh_grad,
+        np_forward=_np_gelu_tanh,
+        np_gradient=_np_gelu_tanh_grad,
+        eager=lambda z, slope: F.gelu(z, approximate="tanh"),
+        eager_gradient=lambda dy, z, slope: _aten.gelu_backward(dy, z, approximate="tanh"),
+        saves="z",
+    ),
+    "silu": Activation(
+        forward=_silu_fwd,
+        gradient=_silu_grad,
+        np_forward=_np_silu,
+        np_gradient=_np_silu_grad,
+        eager=lambda z, slope: F.silu(z),
+        eager_gradient=lambda dy, z, slope: _aten.silu_backward(dy, z),
+        saves="z",
+    ),
+}
+
+_IDENTITY = Activation(
+    forward=_identity_fwd,
+    gradient=_identity_grad,
+    np_forward=_np_identity,
+    np_gradient=_np_identity_grad,
+    eager=lambda z, slope: z,
+    eager_gradient=lambda dy, saved, slope: dy,
+    saves=None,
+)
+
+
+def lookup(activation: str | None) -> Activation:
+    """The row of `activation`; None means the identity. Raises ValueError that lists the names."""
+    if activation is None:
+        return _IDENTITY
+    try:
+        return ACTIVATIONS[activation]
+    except (KeyError, TypeError):
+        names = ", ".join(ACTIVATIONS)
+        raise ValueError(f"activation: got {activation!r}, expected None or one of {names}") from None
+
+
+def saved_for_backward(activation: str | None, negative_slope: float) -> str | None:
+    """What backward needs: "y", "z" or None. With a negative slope the sign of leaky ReLU's output says nothing of z."""
+    if activation == "leaky_relu" and negative_slope < 0:
+        return "z"
+    return lookup(activation).saves
+
+
+@triton.jit
+def _activation_fwd_kernel(
+    x_ptr,  # [n]
+    y_ptr,  # [n]
+    n,
+    slope,
+    ACT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs, mask=offs < n).to(tl.float32)
+    tl.store(y_ptr + offs, _cast(ACT(x, slope), y_ptr.dtype.element_ty), mask=offs < n)
+
+
+@triton.jit
+def _activation_bwd_kernel(
+    dy_ptr,  # [n]
+    saved_ptr,  # [n]: y or z, as the activation's row says
+    dx_ptr,  # [n]
+    n,
+    slope,
+    GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    dy = tl.load(dy_ptr + offs, mask=offs < n).to(tl.float32)
+    saved = tl.load(saved_ptr + offs, mask=offs < n).to(tl.float32)
+    tl.store(dx_ptr + offs, _cast(GRADIENT(dy, saved, slope), dx_ptr.dtype.element_ty), mask=offs < n)
+
+
+def activation_fwd(x: torch.Tensor, activation: str, negative_slope: float) -> torch.Tensor:
+    """act(x) elementwise, any shape; the result is contiguous."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    block, num_warps = configs.activation_tile(x.dtype)
+    launch(
+        _activation_fwd_kernel,
+        (triton.cdiv(x.numel(), block),),
+        x,
+        y,
+        x.numel(),
+        negative_slope,
+        ACT=lookup(activation).forward,
+        BLOCK=block,
+        num_warps=num_warps,
+    )
+    return y
+
+
+def activation_bwd(
+    dy: torch.Tensor, saved: torch.Tensor, activation: str, negative_slope: float
+) -> torch.Tensor:
+    """dy * act'(.) elementwise; saved is y or z, as `saved_for_backward` says."""
+    dy, saved = dy.contiguous(), saved.contiguous()
+    dx = torch.empty_like(dy)
+    block, num_warps = configs.activation_tile(dy.dtype)
+    launch(
+        _activation_bwd_kernel,
+        (triton.cdiv(dy.numel(), block),),
+        dy,
+        saved,
+        dx,
+        dy.numel(),
+        negative_slope,
+        GRADIENT=lookup(activation).gradient,
+        BLOCK=block,
+        num_warps=num_warps,
+    )
+    return dx
