@@ -3,16 +3,16 @@
 Triton's package carries the assemblers and disassemblers for every capability here, so what a kernel becomes
 (registers, spills, widths of memory accesses, matrix instructions, shared memory) can be tested anywhere.
 
-What tl.dot becomes with Triton 3.6.0 and 3.7.1, by capability:
+What tl.dot becomes with Triton 3.7.1, by capability (fp16 is the same with 3.6.0):
 
-    7.5                    FFMA: Triton has no matrix instructions for Turing, though ptxas and nvdisasm know
-                           them. Expect spills. Kernels without tl.dot compile as well as elsewhere.
-    8.0, 8.6, 8.9, 12.0    HMMA (bf16, fp16, tf32); fp8: QMMA on 8.9 and 12.0, HMMA after conversion on 8.x
-    9.0                    HGMMA (bf16, fp16, tf32), QGMMA (fp8); HMMA where the tile is too small
-    10.0                   UTCHMMA (bf16, fp16, tf32), UTCQMMA (fp8), accumulating in tensor memory
+    7.5                    FFMA: Triton has no matrix instructions for Turing, though its assembler does. Some
+                           tiles spill, and int8 does not compile. Kernels without tl.dot are fine.
+    8.0, 8.6, 8.9, 12.0    HMMA (bf16, fp16, tf32), IMMA (int8); fp8: QMMA on 8.9 and 12.0, else HMMA
+    9.0                    HGMMA (bf16, fp16, tf32), IGMMA (int8), QGMMA (fp8); HMMA where the tile has M < 64
+    10.0                   UTCHMMA (bf16, fp16, tf32), UTCQMMA (fp8), IMMA (int8); HMMA where M < 64
 
-float32 with input_precision="ieee" is FFMA everywhere. Tensor descriptors are UTMALDG and UTMASTG from 9.0 on;
-below that they become pointers of unknown alignment, 2 bytes at a time for bf16.
+float32 with input_precision="ieee" has none: FFMA, or FFMA2 on 10.0. Tensor descriptors become UTMALDG and
+UTMASTG from 9.0 on; below that, pointers of unknown alignment, 2 bytes at a time for bf16.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class Specialization(TypedDict):
 
 
 def signature_of(kernel: Any, args: Mapping[str, Any]) -> Specialization:
-    """How Triton would specialize a launch with these arguments, for `compile_for(k, **signature_of(k, args))`.
+    """How Triton would specialize a launch with these arguments; `compile_for(k, **signature_of(k, args))`.
 
     The rules are Triton's own: None and an int equal to 1 become constexprs, pointers and ints divisible by
     16 are marked so, unless the kernel says otherwise.

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# How many bytes of an argument an operation reads, and how many it writes, where that is not all of them; from
-# its arguments by name, and its result.
+# From an operation's arguments by name, and its result: how many bytes of an argument it reads and writes,
+# where that is not all of them.
 Sizes = dict[str, int]
 Rule = Callable[[Mapping[str, Any], Any], tuple[Sizes, Sizes]]
 
@@ -217,7 +217,7 @@ def linear_activation(
 def cross_entropy(
     N: int, V: int, dtype: torch.dtype = torch.bfloat16, backward: bool = False, upcast: bool = False
 ) -> ByteCounter:
-    """Mean softmax cross-entropy of logits [N, V]; `upcast` converts them to float32 first, as is often done."""
+    """Mean softmax cross-entropy of logits [N, V]; `upcast` converts them to float32 first."""
     logits = torch.empty(N, V, dtype=dtype, device="meta", requires_grad=backward)
     target = torch.empty(N, dtype=torch.int64, device="meta")
     with ByteCounter("meta") as counter:
@@ -234,7 +234,7 @@ def adam(
     fused: bool = False,
     decoupled: bool = False,
 ) -> ByteCounter:
-    """One step of torch.optim.Adam, or of AdamW where `decoupled`, on one tensor; `fused` outranks `foreach`."""
+    """One step of Adam, or of AdamW where `decoupled`, on one tensor; `fused` outranks `foreach`."""
 
     def step(count: int, device: str, only: str | None) -> ByteCounter:
         param = torch.zeros(count, dtype=dtype, device=device, requires_grad=True)

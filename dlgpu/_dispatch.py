@@ -269,5 +269,8 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     if op not in _explainers:
         raise ValueError(f"op: got {op!r}, expected one of {', '.join(sorted(_explainers))}")
     tensor, steps = _explainers[op](*args, **kwargs)
-    backend, reason = _choose(tensor.device, tensor.dtype)
+    if tensor.device.type == "meta":
+        backend, reason = "triton", "tensors on meta stand for CUDA ones, of capability 9.0"
+    else:
+        backend, reason = _choose(tensor.device, tensor.dtype)
     return Explanation(op, backend, reason, tuple(steps(backend)))

@@ -404,7 +404,9 @@ def saved_for_backward(activation: str | None, negative_slope: float) -> str | N
     return lookup(activation).saves
 
 
-@triton.jit
+# The size is not specialized on, or a partial last batch could compile anew; the body's mask never cuts a 128-bit vector,
+# and one program sees to the few elements behind it.
+@triton.jit(do_not_specialize=["n"])
 def _activation_fwd_kernel(
     x_ptr,  # [n]
     y_ptr,  # [n]
@@ -412,13 +414,19 @@ def _activation_fwd_kernel(
     slope,
     ACT: tl.constexpr,
     BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
+    body = n // VECTOR * VECTOR
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + offs, mask=offs < n).to(tl.float32)
-    tl.store(y_ptr + offs, _cast(ACT(x, slope), y_ptr.dtype.element_ty), mask=offs < n)
+    x = tl.load(x_ptr + offs, mask=offs < body).to(tl.float32)
+    tl.store(y_ptr + offs, _cast(ACT(x, slope), y_ptr.dtype.element_ty), mask=offs < body)
+    if tl.program_id(0) == 0:
+        tail = body + tl.arange(0, VECTOR)
+        x_tail = tl.load(x_ptr + tail, mask=tail < n).to(tl.float32)
+        tl.store(y_ptr + tail, _cast(ACT(x_tail, slope), y_ptr.dtype.element_ty), mask=tail < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _activation_bwd_kernel(
     dy_ptr,  # [n]
     saved_ptr,  # [n]: y or z, as the activation's row says
@@ -427,28 +435,36 @@ def _activation_bwd_kernel(
     slope,
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
+    body = n // VECTOR * VECTOR
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    dy = tl.load(dy_ptr + offs, mask=offs < n).to(tl.float32)
-    saved = tl.load(saved_ptr + offs, mask=offs < n).to(tl.float32)
-    tl.store(dx_ptr + offs, _cast(GRADIENT(dy, saved, slope), dx_ptr.dtype.element_ty), mask=offs < n)
+    dy = tl.load(dy_ptr + offs, mask=offs < body).to(tl.float32)
+    saved = tl.load(saved_ptr + offs, mask=offs < body).to(tl.float32)
+    tl.store(dx_ptr + offs, _cast(GRADIENT(dy, saved, slope), dx_ptr.dtype.element_ty), mask=offs < body)
+    if tl.program_id(0) == 0:
+        tail = body + tl.arange(0, VECTOR)
+        dy_tail = tl.load(dy_ptr + tail, mask=tail < n).to(tl.float32)
+        saved_tail = tl.load(saved_ptr + tail, mask=tail < n).to(tl.float32)
+        tl.store(dx_ptr + tail, _cast(GRADIENT(dy_tail, saved_tail, slope), dx_ptr.dtype.element_ty), mask=tail < n)
 
 
 def activation_fwd(x: torch.Tensor, activation: str, negative_slope: float) -> torch.Tensor:
     """act(x) elementwise, any shape; the result is contiguous."""
     x = x.contiguous()
     y = torch.empty_like(x)
-    block, num_warps = configs.activation_tile(x.dtype)
+    tile = configs.activation_tile(x.dtype)
     launch(
         _activation_fwd_kernel,
-        (triton.cdiv(x.numel(), block),),
+        (triton.cdiv(x.numel(), tile.block),),
         x,
         y,
         x.numel(),
         negative_slope,
         ACT=lookup(activation).forward,
-        BLOCK=block,
-        num_warps=num_warps,
+        BLOCK=tile.block,
+        VECTOR=tile.vector,
+        num_warps=tile.num_warps,
     )
     return y
 
@@ -459,17 +475,18 @@ def activation_bwd(
     """dy * act'(.) elementwise; saved is y or z, as `saved_for_backward` says."""
     dy, saved = dy.contiguous(), saved.contiguous()
     dx = torch.empty_like(dy)
-    block, num_warps = configs.activation_tile(dy.dtype)
+    tile = configs.activation_tile(dy.dtype)
     launch(
         _activation_bwd_kernel,
-        (triton.cdiv(dy.numel(), block),),
+        (triton.cdiv(dy.numel(), tile.block),),
         dy,
         saved,
         dx,
         dy.numel(),
         negative_slope,
         GRADIENT=lookup(activation).gradient,
-        BLOCK=block,
-        num_warps=num_warps,
+        BLOCK=tile.block,
+        VECTOR=tile.vector,
+        num_warps=tile.num_warps,
     )
     return dx

@@ -12,6 +12,8 @@ import dataclasses
 import torch
 
 __all__ = [
+    "FlatTile",
+    "NO_LINEAR_TILE",
     "MatmulTile",
     "RowTile",
     "StripTile",
@@ -46,21 +48,22 @@ class MatmulTile:
         return (self.block_m + self.block_n) * self.block_k * itemsize * max(self.num_stages - 1, 1)
 
 
-def linear_tile(capability: int, shared_memory: int, dtype: torch.dtype, M: int, N: int, K: int) -> MatmulTile:
-    """The GEMM tile for an [M, N] result over K. Depends on M only through three buckets, so that a partial last batch
-    compiles nothing new unless it falls under another bucket."""
+def linear_tile(capability: int, shared_memory: int, dtype: torch.dtype, N: int, K: int) -> MatmulTile | None:
+    """The GEMM tile for a result of N columns over K; None where cuBLAS multiplies instead. It does not depend on the
+    number of rows: a partial last batch compiles nothing new."""
     if dtype is torch.float32:
         # IEEE float32 has no matrix instruction: registers hold the whole product, and a larger tile spills.
-        if M <= 32:
-            return MatmulTile(32, 64, 32, 8, 4, 2, "float32, few rows")
-        return MatmulTile(64, 64, 32, 8, 4, 2 if shared_memory < 96 * 1024 else 3, "float32")
-    if M <= 32:
-        return MatmulTile(32, 64, 64, 8, 4, 2 if capability < 80 else 4, "few rows: the weight is read once")
+        return MatmulTile(64, 64, 32, 8, 4, 3 if shared_memory >= 96 * 1024 else 2, "float32 products in registers")
     if capability < 80:
-        return MatmulTile(64, 64, 32, 8, 4, 2, "no asynchronous copies, 64 KiB of shared memory")
-    if M <= 512 or N <= 128:
-        return MatmulTile(64, 64, 64, 8, 4, 4, "small result: more, smaller tiles to fill the chip")
-    return MatmulTile(128, 128, 64, 8, 8, 3, "large result")
+        return None
+    if N <= 1024:
+        return MatmulTile(64, 64, 64, 8, 4, 4, "few columns: small tiles, to fill the chip")
+    if N % 8:
+        return MatmulTile(64, 128, 64, 8, 8, 3, "rows of the result unaligned: 2-byte stores, which spill at 128 x 128")
+    return MatmulTile(128, 128, 64, 8, 8, 3, "many columns")
+
+
+NO_LINEAR_TILE = "cuBLAS, then the activation's kernel: Triton has no 16-bit matrix instructions before capability 8.0"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,16 +76,26 @@ class StripTile:
     num_warps: int
 
 
-def linear_dz_tile(dtype: torch.dtype, M: int, N: int) -> StripTile:
-    """Strips of dZ = dY * act'(.) with its column sums. Short strips give few partial sums, long ones few programs."""
+def linear_dz_tile(dtype: torch.dtype, N: int) -> StripTile:
+    """Strips of dZ = dY * act'(.) with its column sums: at 64 rows the partial sums add 2% to a bf16 pass's bytes."""
     block_n = min(_power_of_2(N), 32 * VECTOR_BYTES // dtype.itemsize)
-    block_m = max(1, 2048 // block_n)
-    return StripTile(max(block_m, 64), block_m, block_n, 4)
+    block_m = min(max(1, 2048 // block_n), 64)
+    return StripTile(64, block_m, block_n, 4)
 
 
-def activation_tile(dtype: torch.dtype) -> tuple[int, int]:
-    """(elements a program, warps) of a pointwise kernel: two 128-bit loads a thread."""
-    return 2 * 128 * VECTOR_BYTES // dtype.itemsize, 4
+@dataclasses.dataclass(frozen=True)
+class FlatTile:
+    """Elements a program of a pointwise kernel, and elements a 128-bit vector."""
+
+    block: int
+    vector: int
+    num_warps: int
+
+
+def activation_tile(dtype: torch.dtype) -> FlatTile:
+    """Two 128-bit loads a thread of each operand."""
+    vector = VECTOR_BYTES // dtype.itemsize
+    return FlatTile(2 * 128 * vector, vector, 4)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,7 +38,7 @@ def _rows(target_ptr, weight_ptr, N, C, ignore_index, smoothing, BLOCK_M: tl.con
     return rows, target, live, valid, coefficient
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "ignore_index"])
 def _cross_entropy_fwd_kernel(
     x_ptr,  # [N, C]
     target_ptr,  # [N] int64
@@ -94,7 +94,7 @@ def _cross_entropy_fwd_kernel(
     tl.store(stats_ptr + N + rows, total, mask=rows < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "C", "ignore_index"])
 def _cross_entropy_reduce_kernel(
     losses_ptr,  # [N] float32
     target_ptr,  # [N] int64
@@ -128,7 +128,7 @@ def _cross_entropy_reduce_kernel(
     tl.store(denominator_ptr, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "ignore_index"])
 def _cross_entropy_bwd_kernel(
     dloss_ptr,  # [N], or one value with stride 0
     x_ptr,  # [N, C]

@@ -11,12 +11,14 @@ import torch
 
 from . import configs
 from ._triton import _cast, _dot, device_limits, launch, matmul_precision, tl, triton
-from .activations import lookup, saved_for_backward
+from .activations import activation_fwd, lookup, saved_for_backward
 
 __all__ = ["linear_bwd", "linear_fwd"]
 
 
-@triton.jit
+# Sizes are not specialized on: a partial last batch would compile anew. ALIGNED_* say of each which is a contiguous
+# dimension of some operand and a multiple of 16, so that a mask below it never cuts a 128-bit vector.
+@triton.jit(do_not_specialize=["M", "N", "K"])
 def _linear_kernel(
     a_ptr,  # [M, K]
     b_ptr,  # [K, N]
@@ -33,11 +35,20 @@ def _linear_kernel(
     slope,
     ACT: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGNED_M: tl.constexpr,
+    ALIGNED_N: tl.constexpr,
+    ALIGNED_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
+    if ALIGNED_M:
+        M = M // 16 * 16
+    if ALIGNED_N:
+        N = N // 16 * 16
+    if ALIGNED_K:
+        K = K // 16 * 16
     # Tiles in groups of GROUP_M rows, so that programs in flight together share operands in L2.
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -77,7 +88,7 @@ def _linear_kernel(
     tl.store(y_ptr + out + offs, _cast(ACT(acc, slope), y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _linear_dz_kernel(
     dy_ptr,  # [M, N], any strides
     saved_ptr,  # [M, N] or None: y or z, as the activation's row says
@@ -114,7 +125,7 @@ def _linear_dz_kernel(
         tl.store(partial_ptr + strip * N + offs_n, tl.sum(column_sum, 0), mask=mask_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def _column_sum_kernel(
     partial_ptr,  # [S, N] float32
     out_ptr,  # [N]
@@ -143,10 +154,13 @@ def _matmul(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """act(a b + bias) and, with save_z, a b + bias; a [M, K] and b [K, N] of any strides."""
     (M, K), N = a.shape, b.shape[1]
+    capability, shared_memory, _ = device_limits(a.device)
+    tile = configs.linear_tile(capability, shared_memory, a.dtype, N, K)
+    if tile is None:
+        z = a @ b if bias is None else torch.addmm(bias, a, b)
+        return (z if activation is None else activation_fwd(z, activation, negative_slope)), z if save_z else None
     y = torch.empty((M, N), dtype=a.dtype, device=a.device)
     z = torch.empty_like(y) if save_z else None
-    capability, shared_memory, _ = device_limits(a.device)
-    tile = configs.linear_tile(capability, shared_memory, a.dtype, M, N, K)
     launch(
         _linear_kernel,
         (triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),),
@@ -163,6 +177,9 @@ def _matmul(
         negative_slope,
         ACT=lookup(activation).forward,
         PRECISION=matmul_precision(a.dtype),
+        ALIGNED_M=a.stride(0) == 1 and M % 16 == 0,
+        ALIGNED_N=N % 16 == 0,
+        ALIGNED_K=(a.stride(1) == 1 or b.stride(0) == 1) and K % 16 == 0,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
@@ -217,7 +234,7 @@ def linear_dz(
     dz = torch.empty((M, N), dtype=dy.dtype, device=dy.device) if needs_dz and not identity else None
     if dz is None and not needs_b:
         return dy, None
-    tile = configs.linear_dz_tile(dy.dtype, M, N)
+    tile = configs.linear_dz_tile(dy.dtype, N)
     strips = triton.cdiv(M, tile.rows)
     partial = torch.empty((strips, N), dtype=torch.float32, device=dy.device) if needs_b else None
     launch(

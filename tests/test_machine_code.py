@@ -57,7 +57,7 @@ def _compile_all():
     matmul |= {"constexprs": {"BLOCK": 64}, "divisible_by_16": ["a_ptr", "b_ptr", "c_ptr", "K"]}
     center = signature_of(_center_kernel, {"x_ptr": torch.float32, "y_ptr": torch.float32, "BLOCK": 16384})
     copy = signature_of(_copy_kernel, copy_args)
-    narrow = copy | {"divisible_by_16": ["y_ptr"]}
+    narrow = copy | {"divisible_by_16": ["y_ptr", "n"]}
     tile = "tensordesc<bf16[64, 64]>"
     descriptors = signature_of(_descriptor_kernel, {"x_desc": tile, "y_desc": tile})
     code = {f"copy {c}": compile_for(_copy_kernel, **copy, capability=c) for c in CAPABILITIES}
@@ -88,7 +88,8 @@ def _compile_all():
 def compiled(tmp_path_factory):
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    env["PYTHONPATH"] = str(Path(dlgpu.__file__).parents[1])
+    root = str(Path(dlgpu.__file__).parents[1])
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [env.get("PYTHONPATH"), root]))
     done = subprocess.run(
         [sys.executable, __file__], env=env, capture_output=True, text=True, timeout=300, check=False
     )

@@ -125,8 +125,7 @@ def _explain(name: str, input: torch.Tensor, negative_slope: float) -> tuple[tor
     def steps(backend: str) -> list[tuple[str, str]]:
         saves = "y" if saved_for_backward(name, negative_slope) == "y" else "x"
         if backend == "triton":
-            block, num_warps = configs.activation_tile(input.dtype)
-            config = f"{block} elements a program, {num_warps} warps"
+            config = str(configs.activation_tile(input.dtype))
             return [("_activation_fwd_kernel", config), ("_activation_bwd_kernel", f"{config}; saved: {saves}")]
         return [("forward", "torch's own" if backend == "torch" else "NumPy or CuPy, blocked")]
 

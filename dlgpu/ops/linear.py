@@ -359,12 +359,15 @@ def _explain(
                 ("backward", f"activation's gradient from {saves}, then two BLAS products"),
             ]
         limits = _triton.device_limits(input.device)[:2]
-        dz = configs.linear_dz_tile(input.dtype, M, N)
+
+        def product(columns: int, over: int) -> str:
+            return str(configs.linear_tile(*limits, input.dtype, columns, over) or configs.NO_LINEAR_TILE)
+
         return [
-            ("_linear_kernel (y)", str(configs.linear_tile(*limits, input.dtype, M, N, K))),
-            ("_linear_dz_kernel", f"{dz}; saved: {saves}"),
-            ("_linear_kernel (dx)", str(configs.linear_tile(*limits, input.dtype, M, K, N))),
-            ("_linear_kernel (dw)", str(configs.linear_tile(*limits, input.dtype, N, K, M))),
+            ("_linear_kernel (y)", product(N, K)),
+            ("_linear_dz_kernel", f"{configs.linear_dz_tile(input.dtype, N)}; saved: {saves}"),
+            ("_linear_kernel (dx)", product(K, N)),
+            ("_linear_kernel (dw)", product(K, M)),
         ]
 
     return input, steps

@@ -1,0 +1,73 @@
+"""The machine code of chosen configurations, compiled for GPUs that are not there: see compile_cases.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CASES = Path(__file__).with_name("compile_cases.py")
+CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
+
+
+def compile_cases(capability: int, *options: str, timeout: int = 300) -> list[dict]:
+    """The figures of each case, from a process whose kernels are not interpreted."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(CASES), str(capability), *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def faults(case: dict) -> list[str]:
+    """What is wrong with a case's machine code."""
+    found = []
+    if case["spills"]:
+        found.append("spills")
+    if not case["fits"]:
+        found.append(f"takes {case['shared']} bytes of shared memory")
+    expected = case["expected_matrix"]
+    if expected is None and case["matrix"]:
+        found.append(f"has matrix instructions {case['matrix']}")
+    if expected is not None and not any(opcode.startswith(expected) for opcode in case["matrix"]):
+        found.append(f"has {case['matrix']} for matrix instructions, not {expected}")
+    if case["wide"] and not any(int(bits) >= 128 for bits in case["loads"]):
+        found.append(f"has no 128-bit load, only {case['loads']}")
+    if case["wide_stores"] and not any(int(bits) >= 128 for bits in case["stores"]):
+        found.append(f"has no 128-bit store, only {case['stores']}")
+    return found
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_machine_code(capability: int) -> None:
+    cases = compile_cases(capability)
+    assert len(cases) >= 8
+    wrong = {case["name"]: found for case in cases if (found := faults(case))}
+    assert not wrong
+
+
+def test_faults_are_seen() -> None:
+    good = {
+        "spills": False,
+        "fits": True,
+        "shared": 0,
+        "matrix": {"HGMMA.64x128x16.F32.BF16": 4},
+        "expected_matrix": "HGMMA",
+        "loads": {"128": 8},
+        "stores": {"128": 8},
+        "wide": True,
+        "wide_stores": True,
+    }
+    assert not faults(good)
+    for change in (
+        {"spills": True},
+        {"fits": False},
+        {"matrix": {"HMMA.16816.F32.BF16": 4}},
+        {"loads": {"64": 8}},
+        {"stores": {"16": 8}},
+    ):
+        assert faults(good | change)

@@ -1,0 +1,318 @@
+"""Fused linear + bias + activation against torch, forward and backward, on every backend."""
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerance import PAIRS, assert_accurate, assert_conforms, assert_same_bits, bits, run
+
+import dlgpu.functional
+from dlgpu.kernels.activations import ACTIVATIONS, lookup
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+# (activation, negative slope); a negative one turns the sign of y against that of z.
+ACTS = [(None, 0.0), *((name, 0.01) for name in ACTIVATIONS), ("leaky_relu", -0.5)]
+SMOOTH = [(name, 0.01) for name in ("sigmoid", "tanh", "gelu", "gelu_tanh", "silu")]
+# A GEMM's tile is 32 or 64 rows x 64 columns x 32 or 64 deep, for large 16-bit results 128 x 128 x 64.
+SHAPES = [
+    (1, 1, 1),
+    (2, 1, 3),
+    (31, 37, 29),  # primes, and less than a tile
+    (64, 64, 64),  # whole tiles
+    (65, 33, 67),  # one more than whole tiles
+    (0, 5, 7),
+    (5, 7, 0),
+    (4, 0, 3),
+]
+
+
+def ours(activation, slope=0.01):
+    return lambda x, w, b=None: dlgpu.functional.linear(x, w, b, activation=activation, negative_slope=slope)
+
+
+def theirs(activation, slope=0.01):
+    return lambda x, w, b=None: lookup(activation).eager(F.linear(x, w, b), slope)
+
+
+def sample(M, K, N, dtype=torch.float32, device="cpu", bias=True):
+    """z of unit variance: the activations' bends and tails both have their share."""
+    x = torch.randn(M, K, dtype=dtype, device=device)
+    w = torch.randn(N, K, dtype=dtype, device=device) / max(K, 1) ** 0.5
+    return x, w, torch.randn(N, dtype=dtype, device=device) if bias else None
+
+
+@pytest.mark.parametrize(("activation", "slope"), ACTS)
+@pytest.mark.parametrize(("backend", "dtype"), PAIRS, indirect=["backend"])
+def test_activations(backend, device, dtype, activation, slope):
+    assert_conforms(ours(activation, slope), theirs(activation, slope), sample(67, 35, 65, dtype, device))
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(backend, device, shape, activation):
+    assert_conforms(ours(activation), theirs(activation), sample(*shape, device=device))
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize(("backend", "dtype"), PAIRS, indirect=["backend"])
+def test_no_bias(backend, device, dtype, activation):
+    assert_conforms(ours(activation), theirs(activation), sample(33, 17, 9, dtype, device, bias=False))
+
+
+# Past the bucket of large tiles; past 2048 rows, 32 strips of column sums.
+@pytest.mark.parametrize("shape", [(520, 70, 130), (2049, 3, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_rows(backend, device, dtype, shape):
+    assert_conforms(ours("silu"), theirs("silu"), sample(*shape, dtype, device))
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 0, 3), (2, 1, 3)])
+def test_leading_dimensions(backend, device, lead):
+    _, w, b = sample(1, 11, 5, device=device)
+    x = torch.randn(*lead, 11, device=device)
+    assert_conforms(ours("tanh"), theirs("tanh"), (x, w, b))
+    # `view` before `contiguous` fails here.
+    if lead == (2, 3):
+        assert_conforms(ours("tanh"), theirs("tanh"), (x.transpose(0, 1), w, b), lambda y: torch.randn_like(y.mT).mT)
+
+
+LAYOUTS = {
+    "transposed": lambda t: t.t().contiguous().t(),
+    "sliced": lambda t: torch.randn(t.shape[0] + 3, 2 * t.shape[1] + 5, device=t.device)[2:-1, 3:-2:2].copy_(t),
+    "offset by one element": lambda t: torch.cat([t.new_zeros(1), t.reshape(-1)])[1:].view(t.shape),
+    "stride 0": lambda t: t[:1].expand(t.shape),
+    "stride 0 both ways": lambda t: t[:1, :1].expand(t.shape),
+}
+
+
+@pytest.mark.parametrize("which", ["input", "weight", "upstream"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(backend, device, layout, which):
+    x, w, b = sample(35, 33, 17, device=device)
+    upstream = torch.randn(35, 17, device=device)
+    change = LAYOUTS[layout]
+    x, w = change(x) if which == "input" else x, change(w) if which == "weight" else w
+    upstream = change(upstream) if which == "upstream" else upstream
+    for activation in (None, "silu"):
+        assert_conforms(ours(activation), theirs(activation), (x, w, b), lambda y: upstream)
+
+
+def test_bias_with_strides(backend, device):
+    x, w, b = sample(5, 3, 4, device=device)
+    for bias in (torch.randn(8, device=device)[::2], b[:1].expand(4)):
+        assert_conforms(ours("relu"), theirs("relu"), (x, w, bias))
+
+
+def test_the_same_tensor_twice(backend, device):
+    x = torch.randn(5, 5, device=device)
+    for activation in (None, "gelu"):
+        assert_conforms(lambda x, f=ours(activation): f(x, x), lambda x, f=theirs(activation): f(x, x), (x,))
+
+
+@hypothesis.given(
+    st.tuples(*[st.integers(0, 70)] * 3),
+    st.tuples(*[st.sampled_from(list(LAYOUTS))] * 3),
+    st.sampled_from(ACTS),
+    st.booleans(),
+)
+def test_any_shape_and_layout(backend, device, shape, layouts, act, bias):
+    M, K, N = shape
+    torch.manual_seed(0)
+    x, w, b = sample(M, K, N, device=device, bias=bias)
+    dy = torch.randn(M, N, device=device)
+    x, w, dy = (LAYOUTS[layout](t) for layout, t in zip(layouts, (x, w, dy), strict=True))
+    assert_conforms(ours(*act), theirs(*act), (x, w, b), lambda y: dy)
+
+
+def test_16_bit_products_round_to_nearest_even(backend, device):
+    """With K = 1 the float32 product is exact, so the one rounding shows: truncation is within twice torch's error."""
+    for dtype in (torch.bfloat16, torch.float16):
+        x, w = torch.randn(64, 1, dtype=dtype, device=device), torch.randn(64, 1, dtype=dtype, device=device)
+        y = dlgpu.functional.linear(x, w)
+        assert torch.equal(y, (x.float() @ w.float().t()).to(dtype))
+
+
+@pytest.mark.parametrize(("activation", "slope"), ACTS)
+@pytest.mark.parametrize("where", ["input", "weight", "bias", "upstream"])
+def test_nan_and_infinity(backend, device, where, activation, slope):
+    """Where torch has NaN or an infinity, so have we, and nowhere else."""
+    if backend == "triton" and where in ("weight", "bias") and activation not in (None, "relu", "silu"):
+        pytest.skip("the epilogue sees z alone: each activation meets z of every kind through the input")
+    x, w, b = sample(7, 5, 9, device=device)
+    dy = torch.randn(7, 9, device=device)
+    target = {"input": x, "weight": w, "bias": b, "upstream": dy}[where]
+    target[1, ...] if target.dim() == 1 else target[1, 2]
+    for i, value in enumerate((float("nan"), float("inf"), -float("inf"))):
+        target[(i + 1, 2) if target.dim() == 2 else i + 1] = value
+    assert_conforms(ours(activation, slope), theirs(activation, slope), (x, w, b), lambda y: dy)
+
+
+@pytest.mark.parametrize(("activation", "slope"), ACTS)
+@pytest.mark.parametrize(("backend", "dtype"), PAIRS, indirect=["backend"])
+def test_large_and_tiny(backend, device, dtype, activation, slope):
+    """z itself, by way of a unit weight: 0, both signs, the tails, and where exp overflows or tanh cancels."""
+    values = [0.0, 1e-6, 1e-3, 0.1, 0.6, 1.0, 5.0, 10.0, 15.0, 40.0, 88.0, 100.0, 1000.0, 3e4]
+    z = torch.tensor([values, [-v for v in values]], dtype=dtype, device=device).reshape(-1, 1)
+    w = torch.ones(1, 1, dtype=dtype, device=device)
+    y, dx, _ = assert_conforms(ours(activation, slope), theirs(activation, slope), (z, w), torch.ones_like)
+    assert y.isfinite().all()
+    assert dx.isfinite().all()
+    # A tiny z must not vanish beside the large ones: each by itself.
+    for i in (1, 2, 15, 16):
+        one = z[i : i + 1]
+        assert_conforms(ours(activation, slope), theirs(activation, slope), (one, w), torch.ones_like)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("needs", [(x, w, b) for x in (0, 1) for w in (0, 1) for b in (0, 1)])
+def test_nothing_needless_runs(backend, device, launches, needs, activation):
+    x, w, b = (t.requires_grad_(bool(need)) for t, need in zip(sample(5, 3, 4, device=device), needs, strict=True))
+    y = ours(activation)(x, w, b)
+    assert y.requires_grad == any(needs)
+    if not any(needs):
+        return
+    y.backward(torch.ones_like(y))
+    needs_x, needs_w, needs_b = needs
+    for t, need in zip((x, w, b), needs, strict=True):
+        assert (t.grad is not None) == bool(need)
+    if backend == "triton":
+        needs_dz = activation is not None or needs_b
+        wanted = ["_linear_kernel"]
+        wanted += ["_linear_dz_kernel"] * needs_dz + ["_column_sum_kernel"] * needs_b
+        wanted += ["_linear_kernel"] * (needs_x + needs_w)
+        assert [name for name, *_ in launches] == wanted
+        forward = dict(zip(launches[0][1].arg_names, launches[0][2], strict=False))
+        assert (forward["z_ptr"] is not None) == (activation == "gelu")
+        if needs_dz:
+            _, kernel, args, _ = launches[1]
+            backward = dict(zip(kernel.arg_names, args, strict=False))
+            assert (backward["partial_ptr"] is not None) == bool(needs_b)
+            assert (backward["dz_ptr"] is not None) == (activation is not None and bool(needs_x or needs_w))
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (0, 1), (1, 2)])
+def test_frozen(backend, device, frozen, activation):
+    assert_conforms(ours(activation), theirs(activation), sample(6, 5, 4, device=device), frozen=frozen)
+
+
+def test_without_gradient_no_z_is_written(device, launches):
+    leaves = [t.requires_grad_() for t in sample(5, 3, 4, device=device)]
+    with dlgpu.use_backend("triton"):
+        y = ours("gelu")(*leaves)
+        for context in (torch.no_grad, torch.inference_mode):
+            with context():
+                assert_same_bits([ours("gelu")(*leaves)], [y])
+    assert [args[4] is None for _, _, args, _ in launches] == [False, True, True]
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+def test_the_same_bits_without_gradient(backend, device, context, activation):
+    leaves = [t.requires_grad_() for t in sample(5, 3, 4, device=device)]
+    y = ours(activation)(*leaves)
+    with context():
+        still = ours(activation)(*leaves)
+    assert not still.requires_grad
+    assert_same_bits([still], [y])
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+def test_two_backward_passes(backend, device, activation):
+    leaves = [t.requires_grad_() for t in sample(35, 17, 9, device=device)]
+    y = ours(activation)(*leaves)
+    first, second = torch.randn_like(y), torch.randn_like(y)
+    for dy in (first, second, first):
+        found = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+        assert_same_bits(found, run(ours(activation), leaves, lambda y, dy=dy: dy)[1:])
+
+
+@pytest.mark.parametrize(("backend", "dtype"), PAIRS, indirect=["backend"])
+def test_the_same_bits_every_time(backend, device, dtype):
+    inputs = sample(200, 33, 65, dtype, device)
+    upstream = torch.randn(200, 65, dtype=dtype, device=device)
+    assert_same_bits(*(run(ours("silu"), inputs, lambda y: upstream) for _ in range(2)))
+
+
+def test_an_input_changed_in_place_is_noticed(backend, device):
+    x, w, b = (t.requires_grad_() for t in sample(5, 3, 4, device=device))
+    for tensor in (x, w):
+        y = ours("relu")(x, w, b)
+        with torch.no_grad():
+            tensor.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+@pytest.mark.parametrize(("activation", "slope"), ACTS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradcheck(activation, slope, bias):
+    inputs = [t for t in sample(4, 3, 5, torch.float64, bias=bias) if t is not None]
+    leaves = [t.requires_grad_() for t in inputs]
+    function = ours(activation, slope)
+    with dlgpu.use_backend("fallback"):
+        torch.autograd.gradcheck(function, leaves)
+        torch.autograd.gradgradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("frozen", [(), (0,), (1,), (2,), (0, 1), (1, 2), (0, 2)])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+def test_second_derivatives(backend, device, activation, frozen):
+    inputs = sample(6, 5, 4, device=device)
+    dy = torch.randn(6, 4, device=device)
+
+    def second(function, dtype):
+        leaves = [t.detach().to(dtype).requires_grad_(i not in frozen) for i, t in enumerate(inputs)]
+        upstream = dy.to(dtype).requires_grad_()
+        wanted = [t for t in leaves if t.requires_grad]
+        first = torch.autograd.grad(function(*leaves), wanted, upstream, create_graph=True)
+        # Sums of squares, so that each gradient has a cotangent of its own.
+        return torch.autograd.grad(sum(g.square().sum() for g in first), [*wanted, upstream], allow_unused=True)
+
+    found = second(ours(activation), torch.float32)
+    expected, truth = (second(theirs(activation), dtype) for dtype in (torch.float32, torch.float64))
+    for i, (a, t, e) in enumerate(zip(found, truth, expected, strict=True)):
+        assert (a is None) == (e is None)
+        if e is not None:
+            assert_accurate(a, t, e, f"second derivative {i}")
+
+
+@pytest.mark.parametrize(
+    ("bug", "which"),
+    [
+        (lambda t: t * (1 + 1e-3), 0),
+        (lambda t: torch.where(torch.arange(t.numel()).view(t.shape) == 5, t + 1e-4, t), 0),
+        (lambda t: t.roll(1, 0), 1),
+        (lambda t: t.mul(float("nan")), 1),
+        (lambda t: t.double(), 2),
+    ],
+    ids=["scaled", "one element", "rows shifted", "NaN", "dtype"],
+)
+def test_the_gate_fails_on_a_seeded_bug(bug, which):
+    inputs = sample(35, 17, 9)
+    dy = torch.randn(35, 9)
+    expected = run(theirs("silu"), inputs, lambda y: dy)
+    truth = run(theirs("silu"), inputs, lambda y: dy, torch.float64)
+    found = run(ours("silu"), inputs, lambda y: dy)
+    assert_accurate(found[which], truth[which], expected[which])
+    with pytest.raises(AssertionError):
+        assert_accurate(bug(found[which]), truth[which], expected[which])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_gate_fails_on_a_missing_row(dtype):
+    """db without the last of 200 rows, and a GEMM without the last of 65 columns of K."""
+    x, w, b = sample(200, 65, 9, dtype)
+    dy = torch.randn(200, 9, dtype=dtype)
+    expected, truth = (run(theirs(None), (x, w, b), lambda y: dy, t) for t in (None, torch.float64))
+    with pytest.raises(AssertionError, match="error"):
+        assert_accurate(dy[:-1].double().sum(0).to(dtype), truth[3], expected[3])
+    with pytest.raises(AssertionError, match="error"):
+        short = F.linear(x[:, :-1].double(), w[:, :-1].double(), b.double()).to(dtype)
+        assert_accurate(short, truth[0], expected[0])
+
+
+def test_bits_tell_the_sign_of_zero():
+    assert not torch.equal(bits(torch.tensor(0.0)), bits(torch.tensor(-0.0)))
