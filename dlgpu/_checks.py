@@ -6,7 +6,17 @@ from typing import Any
 
 import torch
 
-__all__ = ["require_device", "require_dtype", "require_floating", "require_shape", "require_tensor"]
+__all__ = [
+    "FLOATING",
+    "require_device",
+    "require_dtype",
+    "require_floating",
+    "require_shape",
+    "require_tensor",
+]
+
+# What some backend takes.
+FLOATING = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 
 def require_tensor(op: str, name: str, value: Any) -> None:
@@ -16,8 +26,8 @@ def require_tensor(op: str, name: str, value: Any) -> None:
 
 
 def require_floating(op: str, name: str, tensor: torch.Tensor) -> None:
-    """TypeError unless the tensor is real floating point of a dtype that some backend takes."""
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    """TypeError unless the tensor's dtype is one of FLOATING."""
+    if tensor.dtype not in FLOATING:
         raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
 
 
@@ -36,6 +46,8 @@ def require_device(op: str, name: str, tensor: torch.Tensor, device: torch.devic
 def require_shape(op: str, name: str, tensor: torch.Tensor, shape: tuple[int | str, ...]) -> None:
     """RuntimeError unless the tensor's shape is `shape`; a str in it stands for any size."""
     got = tuple(tensor.shape)
-    if len(got) != len(shape) or any(not isinstance(s, str) and s != g for s, g in zip(shape, got, strict=True)):
+    if len(got) != len(shape) or any(
+        not isinstance(s, str) and s != g for s, g in zip(shape, got, strict=True)
+    ):
         expected = ", ".join(str(s) for s in shape)
         raise RuntimeError(f"{op}: {name} has shape {list(got)}, expected [{expected}]")

@@ -27,8 +27,8 @@ from dlgpu.kernels import _triton
 
 __all__ = [
     "Explanation",
+    "Op",
     "available_backends",
-    "below_autograd",
     "choose_backend",
     "debug",
     "define",
@@ -41,7 +41,6 @@ BACKENDS = ("auto", "triton", "fallback")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _library = torch.library.Library("dlgpu", "DEF")
-below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def _valid(name: str, source: str) -> str:
@@ -107,7 +106,9 @@ def _choose(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
                 "tensors in Triton's interpreter (set TRITON_INTERPRET=1 before Triton is imported)"
             )
         if dtype not in KERNEL_DTYPES:
-            raise TypeError(f"backend 'triton' was chosen, but its kernels take {_names(KERNEL_DTYPES)}, not {dtype}")
+            raise TypeError(
+                f"backend 'triton' was chosen, but its kernels take {_names(KERNEL_DTYPES)}, not {dtype}"
+            )
         return "triton", "chosen explicitly" + (" (Triton's interpreter)" if _triton.INTERPRETED else "")
     if not cuda:
         return "fallback", f"the tensor is on {device.type}"
@@ -116,7 +117,9 @@ def _choose(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     if not _triton.AVAILABLE:
         if _has_cupy():
             return "fallback", "Triton is not installed; CuPy is"
-        raise RuntimeError("CUDA tensors need Triton (pip install triton) or CuPy (the extra cupy13 or cupy12)")
+        raise RuntimeError(
+            "CUDA tensors need Triton (pip install triton) or CuPy (the extra cupy13 or cupy12)"
+        )
     if dtype is torch.bfloat16 and _triton.device_limits(device)[0] < 80:
         return "torch", "bfloat16 kernels need capability 8.0"
     return "triton", f"the tensor is on {device.type}"
@@ -124,7 +127,7 @@ def _choose(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
 
 def choose_backend(tensor: torch.Tensor) -> str:
     """The backend for a call whose first operand is `tensor`, under this thread's setting."""
-    if _settings.backend is None and _default_backend == "auto" and tensor.device.type == "cpu":
+    if _settings.backend is None and _default_backend == "auto" and tensor.is_cpu:
         return "fallback"
     return _choose(tensor.device, tensor.dtype)[0]
 
@@ -143,14 +146,14 @@ def define(
     autograd: Callable[..., Any] | None = None,
     autocast: Callable[..., Any] | None = None,
     tags: Sequence[torch.Tag] = (),
-) -> Any:
-    """Defines op `dlgpu::<name>` and gives its callable overload.
+) -> Op:
+    """Defines op `dlgpu::<name>`.
 
     Args:
         schema: as torch.library takes it; the last argument must be `str backend`.
         triton, fallback, eager: implementations on tensors, without the argument `backend`; `eager` is torch's own.
         fake: shapes and dtypes for tracing, with all arguments.
-        autograd: what to run at the Autograd key, with all arguments; it redispatches `below_autograd`.
+        autograd: what to run at the Autograd key, with all arguments; it ends in `Op.below`.
         autocast: maps (all arguments, the autocast dtype) to cast arguments; None leaves autocast without effect.
     """
     name = schema.partition("(")[0]
@@ -169,7 +172,57 @@ def define(
     if autocast is not None:
         for device in ("CPU", "CUDA"):
             _library.impl(name, _autocast_kernel(op, autocast, device), f"Autocast{device}")
-    return op
+    return Op(op, table)
+
+
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), str, float, int, bool, tuple, list))
+
+
+def nothing_above_autograd() -> bool:
+    """Whether a call of an op would reach its Autograd key at once: no tracing, no autocast, no functorch transform.
+
+    Then a public function may call what stands there itself, and saves one of two trips through the dispatcher: on the CPU
+    about 4 us of the 20 that a small layer takes.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def _nothing_watches(args: tuple[Any, ...]) -> bool:
+    """Whether the dispatcher would do no more than find the implementation: plain tensors on a CPU or a GPU, no tracing, no
+    mode or transform, no profiler that wants the op's name."""
+    return (
+        _PLAIN.issuperset(map(type, args))
+        and (args[0].is_cpu or args[0].is_cuda)
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.autograd.profiler._is_profiler_enabled
+        and not torch.compiler.is_compiling()
+    )
+
+
+class Op:
+    """An op of the dispatcher: called, it goes there; `below` runs it below autograd, by the shortest way."""
+
+    __slots__ = ("_implementations", "overload")
+
+    def __init__(self, overload: Any, implementations: dict[str, Callable[..., Any]]) -> None:
+        self.overload = overload
+        self._implementations = implementations
+
+    def __call__(self, *args: Any) -> Any:
+        return self.overload(*args)
+
+    def below(self, *args: Any) -> Any:
+        """The op below autograd, for use inside the functions at its Autograd key and in backward."""
+        # The guard also keeps results from counting as views, which may not be modified in place.
+        with torch._C._AutoDispatchBelowAutograd():
+            if _nothing_watches(args):
+                return self._implementations[args[-1]](*args[:-1])
+            return self.overload(*args)
 
 
 def _autocast_kernel(op: Any, cast: Callable[..., Any], device: str) -> Callable[..., Any]:
@@ -186,7 +239,9 @@ def _autocast_kernel(op: Any, cast: Callable[..., Any], device: str) -> Callable
 def cast_floating(args: Sequence[Any], dtype: torch.dtype) -> tuple[Any, ...]:
     """Arguments with floating tensors cast to `dtype`, float64 left alone: torch's rule for eligible tensors."""
     return tuple(
-        a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() and a.dtype is not torch.float64 else a
+        a.to(dtype)
+        if isinstance(a, torch.Tensor) and a.is_floating_point() and a.dtype is not torch.float64
+        else a
         for a in args
     )
 

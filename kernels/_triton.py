@@ -30,7 +30,9 @@ except ImportError:
             functools.update_wrapper(self, fn)
 
         def __getitem__(self, grid: Any) -> Any:
-            raise RuntimeError("Triton is not installed: `pip install triton` (Linux), or use_backend('fallback')")
+            raise RuntimeError(
+                "Triton is not installed: `pip install triton` (Linux), or use_backend('fallback')"
+            )
 
     class _Language:
         """Stands for triton.language while kernels are defined: every name in it is a function that gives its argument."""

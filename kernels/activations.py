@@ -43,10 +43,10 @@ def _sigmoid(z):
 @triton.jit
 def _sigmoid_pair(z):
     """sigmoid(z) and 1 - sigmoid(z), the latter without cancellation."""
-    # Bounded, so that e stays finite and e s means 1 for very negative z.
-    e = tl.exp2(tl.minimum(z * -LOG2E, 126.0))
+    e = tl.exp2(z * -LOG2E)
     s = 1.0 / (1.0 + e)
-    return s, e * s
+    # For negative z e may be infinite, and 1 - s is exact enough; s itself is then 0, so that -inf gives NaN as in torch.
+    return s, tl.where(z < 0, 1.0 - s, e * s)
 
 
 @triton.jit
@@ -446,7 +446,9 @@ def _activation_bwd_kernel(
         tail = body + tl.arange(0, VECTOR)
         dy_tail = tl.load(dy_ptr + tail, mask=tail < n).to(tl.float32)
         saved_tail = tl.load(saved_ptr + tail, mask=tail < n).to(tl.float32)
-        tl.store(dx_ptr + tail, _cast(GRADIENT(dy_tail, saved_tail, slope), dx_ptr.dtype.element_ty), mask=tail < n)
+        tl.store(
+            dx_ptr + tail, _cast(GRADIENT(dy_tail, saved_tail, slope), dx_ptr.dtype.element_ty), mask=tail < n
+        )
 
 
 def activation_fwd(x: torch.Tensor, activation: str, negative_slope: float) -> torch.Tensor:

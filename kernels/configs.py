@@ -53,17 +53,23 @@ def linear_tile(capability: int, shared_memory: int, dtype: torch.dtype, N: int,
     number of rows: a partial last batch compiles nothing new."""
     if dtype is torch.float32:
         # IEEE float32 has no matrix instruction: registers hold the whole product, and a larger tile spills.
-        return MatmulTile(64, 64, 32, 8, 4, 3 if shared_memory >= 96 * 1024 else 2, "float32 products in registers")
+        return MatmulTile(
+            64, 64, 32, 8, 4, 3 if shared_memory >= 96 * 1024 else 2, "float32 products in registers"
+        )
     if capability < 80:
         return None
     if N <= 1024:
         return MatmulTile(64, 64, 64, 8, 4, 4, "few columns: small tiles, to fill the chip")
     if N % 8:
-        return MatmulTile(64, 128, 64, 8, 8, 3, "rows of the result unaligned: 2-byte stores, which spill at 128 x 128")
+        return MatmulTile(
+            64, 128, 64, 8, 8, 3, "rows of the result unaligned: 2-byte stores, which spill at 128 x 128"
+        )
     return MatmulTile(128, 128, 64, 8, 8, 3, "many columns")
 
 
-NO_LINEAR_TILE = "cuBLAS, then the activation's kernel: Triton has no 16-bit matrix instructions before capability 8.0"
+NO_LINEAR_TILE = (
+    "cuBLAS, then the activation's kernel: Triton has no 16-bit matrix instructions before capability 8.0"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,3 +119,9 @@ def cross_entropy_tile(dtype: torch.dtype, C: int) -> RowTile:
     vector = VECTOR_BYTES // dtype.itemsize
     lanes = min(_power_of_2(-(-C // vector)), 1024)
     return RowTile(min(max(256 // lanes, 1), 32), lanes, vector, 8 if lanes >= 512 else 4)
+
+
+def adam_tile(itemsize: int, aligned: bool) -> FlatTile:
+    """Four vectors a thread of each operand, or as many elements one by one; `itemsize` is the widest operand's."""
+    vector = VECTOR_BYTES // itemsize
+    return FlatTile(4 * 128 * vector, vector if aligned else 1, 4)

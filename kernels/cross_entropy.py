@@ -56,7 +56,9 @@ def _cross_entropy_fwd_kernel(
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    rows, target, live, valid, coefficient = _rows(target_ptr, weight_ptr, N, C, ignore_index, smoothing, BLOCK_M)
+    rows, target, live, valid, coefficient = _rows(
+        target_ptr, weight_ptr, N, C, ignore_index, smoothing, BLOCK_M
+    )
     x_rows = x_ptr + rows * stride_xn
     x_target = tl.load(x_rows + target, mask=valid, other=NAN).to(tl.float32)
     # Smoothing sums w_j (x_j - x_t): around a typical logit, where w_j x_j would cancel against a large lse.
@@ -70,7 +72,9 @@ def _cross_entropy_fwd_kernel(
         cols = start + tile
         # An ignored row is not read.
         mask = live[:, None, None] & (cols < C)
-        x = tl.load(x_rows[:, None, None] + cols, mask=mask, other=float("-inf"), eviction_policy="evict_first")
+        x = tl.load(
+            x_rows[:, None, None] + cols, mask=mask, other=float("-inf"), eviction_policy="evict_first"
+        )
         x = x.to(tl.float32)
         m_new = tl.maximum(m, tl.max(x, 2))
         s = s * tl.exp2((m - m_new) * LOG2E) + tl.sum(tl.exp2((x - m_new[:, :, None]) * LOG2E), 2)
@@ -149,7 +153,9 @@ def _cross_entropy_bwd_kernel(
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    rows, target, live, valid, coefficient = _rows(target_ptr, weight_ptr, N, C, ignore_index, smoothing, BLOCK_M)
+    rows, target, live, valid, coefficient = _rows(
+        target_ptr, weight_ptr, N, C, ignore_index, smoothing, BLOCK_M
+    )
     g = tl.load(dloss_ptr + rows * stride_dloss, mask=rows < N, other=0.0).to(tl.float32)
     if denominator_ptr is not None:
         g = g / tl.load(denominator_ptr)

@@ -117,7 +117,9 @@ def _linear_dz_kernel(
             saved = tl.load(saved_ptr + offs_m[:, None] * N + offs_n[None, :], mask=mask, other=0.0)
             dz = GRADIENT(dz, saved.to(tl.float32), slope)
         if dz_ptr is not None:
-            tl.store(dz_ptr + offs_m[:, None] * N + offs_n[None, :], _cast(dz, dz_ptr.dtype.element_ty), mask=mask)
+            tl.store(
+                dz_ptr + offs_m[:, None] * N + offs_n[None, :], _cast(dz, dz_ptr.dtype.element_ty), mask=mask
+            )
         if partial_ptr is not None:
             # A masked lane holds act'(0) * 0, which is 0.
             column_sum += dz
@@ -158,7 +160,9 @@ def _matmul(
     tile = configs.linear_tile(capability, shared_memory, a.dtype, N, K)
     if tile is None:
         z = a @ b if bias is None else torch.addmm(bias, a, b)
-        return (z if activation is None else activation_fwd(z, activation, negative_slope)), z if save_z else None
+        return (
+            z if activation is None else activation_fwd(z, activation, negative_slope)
+        ), z if save_z else None
     y = torch.empty((M, N), dtype=a.dtype, device=a.device)
     z = torch.empty_like(y) if save_z else None
     launch(
@@ -258,6 +262,14 @@ def linear_dz(
     if partial is not None:
         db = torch.empty((N,), dtype=dy.dtype, device=dy.device)
         launch(
-            _column_sum_kernel, (triton.cdiv(N, 32),), partial, db, strips, N, BLOCK_S=32, BLOCK_N=32, num_warps=4
+            _column_sum_kernel,
+            (triton.cdiv(N, 32),),
+            partial,
+            db,
+            strips,
+            N,
+            BLOCK_S=32,
+            BLOCK_N=32,
+            num_warps=4,
         )
     return (dy if dz is None else dz), db

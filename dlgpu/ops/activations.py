@@ -77,8 +77,7 @@ class ActivationFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, name: str, negative_slope: float, backend: str) -> torch.Tensor:  # type: ignore[override]
-        with _dispatch.below_autograd():
-            y = _activation(x, name, negative_slope, backend)
+        y = _activation.below(x, name, negative_slope, backend)
         # x too, by reference: double backward is built from it.
         ctx.save_for_backward(x, y if saved_for_backward(name, negative_slope) == "y" else None)
         ctx.name, ctx.negative_slope, ctx.backend = name, negative_slope, backend
@@ -91,15 +90,16 @@ class ActivationFunction(torch.autograd.Function):
             eager = lookup(ctx.name).eager
             (dx,) = _dispatch.differentiable_vjp(lambda x: eager(x, ctx.negative_slope), (x,), (True,), dy)
         else:
-            dx = _activation_backward(dy, x if y is None else y, ctx.name, ctx.negative_slope, ctx.backend)
+            dx = _activation_backward.below(
+                dy, x if y is None else y, ctx.name, ctx.negative_slope, ctx.backend
+            )
         return dx, None, None, None
 
 
 def _activation_autograd(x: torch.Tensor, name: str, negative_slope: float, backend: str) -> torch.Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
         return ActivationFunction.apply(x, name, negative_slope, backend)  # type: ignore[no-any-return]
-    with _dispatch.below_autograd():
-        return _activation(x, name, negative_slope, backend)  # type: ignore[no-any-return]
+    return _activation.below(x, name, negative_slope, backend)  # type: ignore[no-any-return]
 
 
 _activation = _dispatch.define(
@@ -126,7 +126,10 @@ def _explain(name: str, input: torch.Tensor, negative_slope: float) -> tuple[tor
         saves = "y" if saved_for_backward(name, negative_slope) == "y" else "x"
         if backend == "triton":
             config = str(configs.activation_tile(input.dtype))
-            return [("_activation_fwd_kernel", config), ("_activation_bwd_kernel", f"{config}; saved: {saves}")]
+            return [
+                ("_activation_fwd_kernel", config),
+                ("_activation_bwd_kernel", f"{config}; saved: {saves}"),
+            ]
         return [("forward", "torch's own" if backend == "torch" else "NumPy or CuPy, blocked")]
 
     return input, steps

@@ -104,7 +104,9 @@ def _check(
         raise TypeError(f"{op}: target has dtype {target.dtype}, expected torch.int64")
     _checks.require_device(op, "target", target, x.device, "input")
     if target.shape != x.shape[:1]:
-        raise ValueError(f"{op}: target has shape {list(target.shape)}, expected [{x.shape[0]}], a class for each row")
+        raise ValueError(
+            f"{op}: target has shape {list(target.shape)}, expected [{x.shape[0]}], a class for each row"
+        )
     if x.shape[1] == 0:
         raise ValueError(f"{op}: input has shape {list(x.shape)}: no classes")
     if weight is not None:
@@ -291,10 +293,9 @@ class CrossEntropyFunction(torch.autograd.Function):
         label_smoothing: float,
         backend: str,
     ) -> torch.Tensor:
-        with _dispatch.below_autograd():
-            loss, stats, denominator = _cross_entropy_fwd(
-                x, target, weight, reduction, ignore_index, label_smoothing, backend
-            )
+        loss, stats, denominator = _cross_entropy_fwd.below(
+            x, target, weight, reduction, ignore_index, label_smoothing, backend
+        )
         ctx.save_for_backward(x, target, weight, stats, denominator)
         ctx.options, ctx.backend = (reduction, ignore_index, label_smoothing), backend
         return loss  # type: ignore[no-any-return]
@@ -317,7 +318,7 @@ class CrossEntropyFunction(torch.autograd.Function):
 
             (dx,) = _dispatch.differentiable_vjp(eager, (x,), (True,), dloss)
         else:
-            dx = _cross_entropy_backward(
+            dx = _cross_entropy_backward.below(
                 dloss, x, target, weight, stats, denominator, *ctx.options, ctx.backend
             )
         return dx, None, None, None, None, None, None
@@ -326,8 +327,7 @@ class CrossEntropyFunction(torch.autograd.Function):
 def _cross_entropy_autograd(x: torch.Tensor, *rest: Any) -> torch.Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
         return CrossEntropyFunction.apply(x, *rest)  # type: ignore[no-any-return]
-    with _dispatch.below_autograd():
-        return _cross_entropy(x, *rest)  # type: ignore[no-any-return]
+    return _cross_entropy.below(x, *rest)  # type: ignore[no-any-return]
 
 
 _cross_entropy = _dispatch.define(
@@ -370,6 +370,8 @@ def _explain(input: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tens
                 ("_cross_entropy_reduce_kernel", "one program"),
                 ("_cross_entropy_bwd_kernel", f"{tile}; reads the logits and writes their gradient once"),
             ]
-        return [("forward, backward", "torch's own" if backend == "torch" else "NumPy or CuPy, by blocks of rows")]
+        return [
+            ("forward, backward", "torch's own" if backend == "torch" else "NumPy or CuPy, by blocks of rows")
+        ]
 
     return input, steps

@@ -53,13 +53,25 @@ def linear(
     tensor([[0., 1.]])
     """
     _checks.require_tensor("linear", "input", input)
-    return _linear(input, weight, bias, activation, negative_slope, _dispatch.choose_backend(input))
+    call = _linear_autograd if _dispatch.nothing_above_autograd() else _linear
+    return call(input, weight, bias, activation, negative_slope, _dispatch.choose_backend(input))  # type: ignore[no-any-return]
 
 
 def _check(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None
 ) -> None:
     lookup(activation)
+    # The usual case, at once: on the CPU the messages' checks would cost as much as a small product.
+    shape, dtype, device = weight.shape, input.dtype, input.device
+    if (
+        dtype in _checks.FLOATING
+        and weight.dtype is dtype
+        and weight.device == device
+        and len(shape) == 2
+        and input.shape[-1:] == shape[1:]
+        and (bias is None or (bias.dtype is dtype and bias.device == device and bias.shape == shape[:1]))
+    ):
+        return
     _checks.require_floating("linear", "input", input)
     _checks.require_dtype("linear", "weight", weight, input.dtype, "input")
     _checks.require_device("linear", "weight", weight, input.device, "input")
@@ -99,14 +111,9 @@ def _fwd_fallback(
     save_z: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check(input, weight, bias, activation)
-    y, z = arrays.linear_fwd(
-        to_array(_rows(input)),
-        to_array(weight),
-        None if bias is None else to_array(bias),
-        activation,
-        negative_slope,
-        save_z,
-    )
+    x = input if input.dim() == 2 else _rows(input)
+    b = None if bias is None else to_array(bias)
+    y, z = arrays.linear_fwd(to_array(x), to_array(weight), b, activation, negative_slope, save_z)
     dtype = input.dtype
     return _shaped(to_tensor(y, dtype), None if z is None else to_tensor(z, dtype), input)
 
@@ -131,7 +138,7 @@ def _shaped(
     if input.dim() != 2:
         shape = (*input.shape[:-1], y.shape[1])
         y, z = y.view(shape), None if z is None else z.view(shape)
-    return y, torch.empty(0, dtype=y.dtype, device=y.device) if z is None else z
+    return y, y.new_empty(0) if z is None else z
 
 
 def _fwd_fake(
@@ -159,7 +166,13 @@ def _bwd_triton(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     x = _rows(dy) if input is None else _rows(input)
     dx, dw, db = kernels.linear_bwd(
-        _rows(dy), x, weight, None if saved is None else _rows(saved), activation, negative_slope, tuple(needs)
+        _rows(dy),
+        x,
+        weight,
+        None if saved is None else _rows(saved),
+        activation,
+        negative_slope,
+        tuple(needs),
     )
     return _gradients(dx, dw, db, dy)
 
@@ -173,18 +186,18 @@ def _bwd_fallback(
     negative_slope: float,
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    gradients = arrays.linear_bwd(
-        to_array(_rows(dy)),
-        None if input is None else to_array(_rows(input)),
-        to_array(weight),
-        None if saved is None else to_array(_rows(saved)),
-        activation,
-        negative_slope,
-        needs,
-    )
     dtype = dy.dtype
-    dx, dw, db = (None if g is None else to_tensor(g, dtype) for g in gradients)
-    return _gradients(dx, dw, db, dy)
+    x = None if input is None else to_array(_rows(input))
+    kept = None if saved is None else to_array(_rows(saved))
+    dx, dw, db = arrays.linear_bwd(
+        to_array(_rows(dy)), x, to_array(weight), kept, activation, negative_slope, needs
+    )
+    return _gradients(
+        None if dx is None else to_tensor(dx, dtype),
+        None if dw is None else to_tensor(dw, dtype),
+        None if db is None else to_tensor(db, dtype),
+        dy,
+    )
 
 
 def _bwd_eager(
@@ -212,9 +225,10 @@ def _gradients(
     if dx is not None and dy.dim() != 2:
         dx = dx.view(*dy.shape[:-1], dx.shape[1])
     if dx is None or dw is None or db is None:
-        empty = torch.empty(0, dtype=dy.dtype, device=dy.device)
         # Each its own: an op's results must not be one tensor.
-        dx, dw, db = (torch.empty_like(empty) if g is None else g for g in (dx, dw, db))
+        dx = dy.new_empty(0) if dx is None else dx
+        dw = dy.new_empty(0) if dw is None else dw
+        db = dy.new_empty(0) if db is None else db
     return dx, dw, db
 
 
@@ -249,12 +263,11 @@ class LinearFunction(torch.autograd.Function):
         backend: str,
     ) -> torch.Tensor:
         saves = saved_for_backward(activation, negative_slope)
-        with _dispatch.below_autograd():
-            y, z = _linear_fwd(input, weight, bias, activation, negative_slope, saves == "z", backend)
+        y, z = _linear_fwd.below(input, weight, bias, activation, negative_slope, saves == "z", backend)
         # Without an activation a frozen weight needs no input, in backward or double backward.
         x = input if saves or ctx.needs_input_grad[1] else None
         ctx.save_for_backward(x, weight, bias, y if saves == "y" else z if saves == "z" else None)
-        ctx.activation, ctx.negative_slope, ctx.backend = activation, negative_slope, backend
+        ctx.options = activation, negative_slope, backend
         return y
 
     @staticmethod
@@ -262,33 +275,30 @@ class LinearFunction(torch.autograd.Function):
         input, weight, bias, saved = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
-            return (*_differentiable_backward(ctx, dy, input, weight, bias, needs), None, None, None)
-        dx, dw, db = _linear_backward(
-            dy, input, weight, saved, ctx.activation, ctx.negative_slope, needs, ctx.backend
+            gradients = _differentiable_backward(dy, input, weight, bias, needs, *ctx.options[:2])
+            return (*gradients, None, None, None)
+        activation, negative_slope, backend = ctx.options
+        dx, dw, db = _linear_backward.below(
+            dy, input, weight, saved, activation, negative_slope, needs, backend
         )
-        return (
-            dx if needs[0] else None,
-            dw if needs[1] else None,
-            db if needs[2] else None,
-            None,
-            None,
-            None,
-        )
+        needs_x, needs_w, needs_b = needs
+        return dx if needs_x else None, dw if needs_w else None, db if needs_b else None, None, None, None
 
 
 def _differentiable_backward(
-    ctx: Any,
     dy: torch.Tensor,
     input: torch.Tensor | None,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     needs: Sequence[bool],
+    activation: str | None,
+    negative_slope: float,
 ) -> tuple[torch.Tensor | None, ...]:
     if input is None:
         return dy @ weight if needs[0] else None, None, _rows(dy).sum(0) if needs[2] else None
 
     def eager(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
-        return lookup(ctx.activation).eager(F.linear(x, w, b), ctx.negative_slope)
+        return lookup(activation).eager(F.linear(x, w, b), negative_slope)
 
     return _dispatch.differentiable_vjp(eager, (input, weight, bias), needs, dy)
 
@@ -306,8 +316,7 @@ def _linear_autograd(
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return LinearFunction.apply(input, weight, bias, activation, negative_slope, backend)  # type: ignore[no-any-return]
-    with _dispatch.below_autograd():
-        return _linear(input, weight, bias, activation, negative_slope, backend)  # type: ignore[no-any-return]
+    return _linear.below(input, weight, bias, activation, negative_slope, backend)  # type: ignore[no-any-return]
 
 
 _linear = _dispatch.define(
@@ -352,7 +361,10 @@ def _explain(
     def steps(backend: str) -> list[tuple[str, str]]:
         saves = saved_for_backward(activation, negative_slope)
         if backend == "torch":
-            return [("forward", "torch.nn.functional.linear, then torch's activation"), ("backward", "torch's own")]
+            return [
+                ("forward", "torch.nn.functional.linear, then torch's activation"),
+                ("backward", "torch's own"),
+            ]
         if backend == "fallback":
             return [
                 ("forward", "BLAS product, then bias and activation in place"),

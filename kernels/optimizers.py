@@ -1,0 +1,247 @@
+"""Multi-tensor Adam and AdamW: any number of tensors, of any number of parameter groups, in one launch.
+
+    m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2
+    p = (1 - lr wd) p - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)
+
+with g + wd p for g and no decay of p where the decay is L2 (Adam), and max(v) for v with amsgrad. A launch reaches its
+tensors through tables on the device: `table` holds each tensor's addresses and size, `chunks` says which block of which
+tensor a program takes, `scalars` holds the coefficients of each tensor's step. One launch cannot both advance the step
+counters and read them, so a small prologue launch advances them and fills `scalars`; groups that differ only in numbers,
+and optional state, therefore share the launches. Nothing here depends on which rule it is but `_adam_prologue_kernel`
+and `_adam_update`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import configs
+from ._triton import _cast, launch, tl, triton
+
+__all__ = ["Launch", "adam_hyper", "adam_step", "layout", "upload"]
+
+# Columns of `table`: addresses, the number of elements, the address of the step counter, the parameter group.
+PARAM, GRAD, STATE0, STATE1, STATE2, NUMEL, STEP, GROUP, COLUMNS = map(tl.constexpr, range(9))
+# Columns of `hyper`, a group's numbers.
+H_LR, H_LOG_BETA1, H_LOG_BETA2, H_BETA1, H_BETA2, H_NEW1, H_NEW2, H_EPS, H_L2, H_DECAY, H_SIGN = map(
+    tl.constexpr, range(11)
+)
+HYPER = tl.constexpr(12)
+# Columns of `scalars`, what one tensor's step needs.
+S_SIGN, S_L2, S_DECAY, S_BETA1, S_NEW1, S_BETA2, S_NEW2, S_ROOT, S_EPS, S_SIZE = map(tl.constexpr, range(10))
+SCALARS = tl.constexpr(16)
+
+ROWS = 128  # tensors a program of the prologue takes; tables are padded to a multiple of it
+
+
+@triton.jit
+def _expm1(x):
+    """exp(x) - 1 for x <= 0, within a few units in the last place: no cancellation near 0."""
+    # Up to x^12 / 12!: the next term is below 2^-32 of the result.
+    near = tl.maximum(x, -1.0)
+    series = 1.0 + near * (1.0 / 12.0)
+    for i in tl.static_range(11, 1, -1):
+        series = 1.0 + near * series * (1.0 / i)
+    return tl.where(x > -1.0, near * series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def _adam_prologue_kernel(
+    table_ptr,  # [T, COLUMNS] int64
+    lr_address_ptr,  # [G] int64: where a group's learning rate is a tensor, else 0
+    hyper_ptr,  # [G, HYPER] float32
+    scalars_ptr,  # [T, SCALARS] float32
+    BLOCK: tl.constexpr,
+):
+    tensor = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = table_ptr + tensor * COLUMNS
+    step_address = tl.load(row + STEP)
+    live = step_address != 0
+    step_ptrs = step_address.to(tl.pointer_type(tl.float32))
+    step = tl.load(step_ptrs, mask=live, other=0.0) + 1.0
+    tl.store(step_ptrs, step, mask=live)
+
+    group = tl.load(row + GROUP)
+    hyper = hyper_ptr + group * HYPER
+    lr_address = tl.load(lr_address_ptr + group)
+    lr_is_tensor = lr_address != 0
+    lr_tensor = tl.load(lr_address.to(tl.pointer_type(tl.float32)), mask=lr_is_tensor, other=0.0)
+    lr = tl.where(lr_is_tensor, lr_tensor, tl.load(hyper + H_LR))
+    correction1 = -_expm1(step * tl.load(hyper + H_LOG_BETA1))
+    correction2 = -_expm1(step * tl.load(hyper + H_LOG_BETA2))
+
+    out = scalars_ptr + tensor * SCALARS
+    tl.store(out + S_SIGN, tl.load(hyper + H_SIGN), mask=live)
+    tl.store(out + S_L2, tl.load(hyper + H_L2), mask=live)
+    tl.store(out + S_DECAY, 1.0 - lr * tl.load(hyper + H_DECAY), mask=live)
+    tl.store(out + S_BETA1, tl.load(hyper + H_BETA1), mask=live)
+    tl.store(out + S_NEW1, tl.load(hyper + H_NEW1), mask=live)
+    tl.store(out + S_BETA2, tl.load(hyper + H_BETA2), mask=live)
+    tl.store(out + S_NEW2, tl.load(hyper + H_NEW2), mask=live)
+    tl.store(out + S_ROOT, tl.sqrt_rn(correction2), mask=live)
+    tl.store(out + S_EPS, tl.load(hyper + H_EPS), mask=live)
+    tl.store(out + S_SIZE, tl.div_rn(lr, correction1), mask=live)
+
+
+@triton.jit
+def _adam_update(p, g, m, v, v_max, has_max, scalars_ptr):
+    """The parameter and the states after one step, all float32."""
+    g = g * tl.load(scalars_ptr + S_SIGN)
+    l2 = tl.load(scalars_ptr + S_L2)
+    # 0 * p would make NaN of an infinite p.
+    g = tl.where(l2 != 0.0, g + l2 * p, g)
+    p = p * tl.load(scalars_ptr + S_DECAY)
+    new1 = tl.load(scalars_ptr + S_NEW1)
+    # torch.lerp: from whichever end is nearer, so that b1 = 0 gives g itself.
+    m = tl.where(new1 < 0.5, m + new1 * (g - m), g - tl.load(scalars_ptr + S_BETA1) * (g - m))
+    v = v * tl.load(scalars_ptr + S_BETA2) + tl.load(scalars_ptr + S_NEW2) * (g * g)
+    # NaN goes through from either.
+    v_max = tl.where((v > v_max) | (v != v), v, v_max)
+    v_hat = tl.where(has_max, v_max, v)
+    denominator = tl.div_rn(tl.sqrt_rn(v_hat), tl.load(scalars_ptr + S_ROOT)) + tl.load(scalars_ptr + S_EPS)
+    p = p - tl.load(scalars_ptr + S_SIZE) * tl.div_rn(m, denominator)
+    return p, m, v, v_max
+
+
+@triton.jit
+def _elements(row, COLUMN: tl.constexpr, start, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
+    """Pointer to element `start` of the tensor whose address is in a column of its row."""
+    pointer = tl.load(row + COLUMN).to(tl.pointer_type(DTYPE))
+    # After the cast: a hint on the integer is lost.
+    return tl.multiple_of(pointer + start, VECTOR * DTYPE.primitive_bitwidth // 8)
+
+
+@triton.jit
+def _update_elements(
+    row,
+    scalars_ptr,
+    start,
+    offs,
+    end,
+    end2,
+    UPDATE: tl.constexpr,
+    STATES: tl.constexpr,
+    PARAM_DTYPE: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr,
+    STATE_DTYPE: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Updates the elements start + offs for offs < end; of the third state, which a tensor may lack, for offs < end2."""
+    p_ptrs = _elements(row, PARAM, start, PARAM_DTYPE, VECTOR) + offs
+    g_ptrs = _elements(row, GRAD, start, GRAD_DTYPE, VECTOR) + offs
+    s0_ptrs = _elements(row, STATE0, start, STATE_DTYPE, VECTOR) + offs
+    s1_ptrs = _elements(row, STATE1, start, STATE_DTYPE, VECTOR) + offs
+    mask = offs < end
+    p = tl.load(p_ptrs, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(g_ptrs, mask=mask, other=0.0).to(tl.float32)
+    s0 = tl.load(s0_ptrs, mask=mask, other=0.0).to(tl.float32)
+    s1 = tl.load(s1_ptrs, mask=mask, other=0.0).to(tl.float32)
+    if STATES == 3:
+        s2_ptrs = _elements(row, STATE2, start, STATE_DTYPE, VECTOR) + offs
+        s2 = tl.load(s2_ptrs, mask=offs < end2, other=0.0).to(tl.float32)
+        p, s0, s1, s2 = UPDATE(p, g, s0, s1, s2, end2 > 0, scalars_ptr)
+        tl.store(s2_ptrs, _cast(s2, STATE_DTYPE), mask=offs < end2)
+    else:
+        p, s0, s1, _ = UPDATE(p, g, s0, s1, s1, False, scalars_ptr)
+    tl.store(p_ptrs, _cast(p, PARAM_DTYPE), mask=mask)
+    tl.store(s0_ptrs, _cast(s0, STATE_DTYPE), mask=mask)
+    tl.store(s1_ptrs, _cast(s1, STATE_DTYPE), mask=mask)
+
+
+@triton.jit
+def _multi_tensor_kernel(
+    table_ptr,  # [T, COLUMNS] int64
+    chunk_ptr,  # [C, 2] int32: tensor, block of it
+    scalars_ptr,  # [T, SCALARS] float32
+    UPDATE: tl.constexpr,
+    STATES: tl.constexpr,
+    PARAM_DTYPE: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr,
+    STATE_DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    chunk = tl.program_id(0).to(tl.int64)
+    tensor = tl.load(chunk_ptr + 2 * chunk)
+    start = tl.load(chunk_ptr + 2 * chunk + 1).to(tl.int64) * BLOCK
+    row = table_ptr + tensor * COLUMNS
+    scalars = scalars_ptr + tensor * SCALARS
+    n = tl.minimum(tl.load(row + NUMEL) - start, BLOCK).to(tl.int32)
+    n2 = n
+    if STATES == 3:
+        n2 = tl.where(tl.load(row + STATE2) != 0, n, 0)
+    # Wide accesses need a bound that is a multiple of the vector; the last few elements come after.
+    end = n // VECTOR * VECTOR
+    end2 = n2 // VECTOR * VECTOR
+    offs = tl.arange(0, BLOCK)
+    _update_elements(
+        row, scalars, start, offs, end, end2, UPDATE, STATES, PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, VECTOR
+    )
+    if VECTOR > 1:
+        if end != n:
+            rest = end + tl.arange(0, VECTOR)
+            _update_elements(
+                row, scalars, start, rest, n, n2, UPDATE, STATES, PARAM_DTYPE, GRAD_DTYPE, STATE_DTYPE, VECTOR
+            )
+
+
+@functools.lru_cache(maxsize=None)
+def _triton_dtype(dtype: torch.dtype) -> Any:
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """The tensors that share a launch: those of equal dtypes, aligned to 16 bytes or not."""
+
+    chunks: torch.Tensor  # [C, 2] int32, on the device
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]  # of parameter, gradient, states
+    states: int
+    tile: configs.FlatTile
+
+
+def upload(array: np.ndarray, device: torch.device, keep: list[torch.Tensor] | None = None) -> torch.Tensor:
+    """A copy of the array on the device, without waiting for it.
+
+    Under graph capture the source of the copy is read again at each replay: `keep` then holds it and the copy.
+    """
+    tensor = torch.from_numpy(array)
+    if device.type == "cpu":
+        return tensor
+    # Pinned memory that is let go is not reused before the copy from it has happened: PyTorch's allocator sees to that.
+    pinned = tensor.pin_memory()
+    found = pinned.to(device, non_blocking=True)
+    if keep is not None:
+        keep += [pinned, found]
+    return found
+
+
+def layout(
+    table: np.ndarray,  # [T, COLUMNS] int64, unpadded
+    dtypes: Sequence[tuple[torch.dtype, torch.dtype, torch.dtype]],
+) -> list[tuple[tuple[torch.dtype, torch.dtype, torch.dtype], int, configs.FlatTile, np.ndarray]]:
+    """The launches that these tensors need, as (dtypes, states, tile, chunks).
+
+    One a combination of dtypes, and one more where tensors of it have an address that is not a multiple of 16 bytes.
+    """
+    unaligned = np.bitwise_or.reduce(table[:, PARAM_COLUMN : STATE2_COLUMN + 1], axis=1) % configs.VECTOR_BYTES != 0
+    members: dict[Any, list[int]] = {}
+    for i, key in enumerate(zip(dtypes, unaligned.tolist(), strict=True)):
+        members.setdefault(key, []).append(i)
+    found = []
+    for (kinds, scalar), tensors in members.items():
+        rows = table[tensors]
+        tile = configs.adam_tile(max(kind.itemsize for kind in kinds), not scalar)
+        counts = -(-rows[:, NUMEL_COLUMN] // tile.block)
+        chunks = np.empty((int(counts.sum()), 2), np.int32)
+        chunks[:, 0] = np.repeat(tensors, counts)
+        chunks[:, 1] = np.arange(len(chunks)) - np.repeat(np.cumsum(counts) - counts, counts)
+        found.append((kinds, 3 if rows[:, STATE2_COLUMN].any() else 2, tile, chunks))
+    return found

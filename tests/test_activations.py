@@ -1,0 +1,167 @@
+"""Stand-alone activations against torch, and the table that they share with the fused kernels."""
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+from tolerance import PAIRS, assert_accurate, assert_conforms, assert_same_bits, run
+
+import dlgpu.functional
+from dlgpu.kernels.activations import ACTIVATIONS, lookup, saved_for_backward
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+ACTS = [*((name, None) for name in ACTIVATIONS), ("leaky_relu", 0.3), ("leaky_relu", -0.5), ("leaky_relu", 0.0)]
+# Both sides of each bend, the tails, where exp overflows or a polynomial hands over to it; and a tiny and a large x alone,
+# where nothing larger can hide an error.
+VALUES = [0.0, 1e-6, 1e-3, 0.1, 0.59, 0.6, 0.61, 1.0, 5.0, 10.0, 15.0, 40.0, 88.0, 100.0, 1000.0, 3e4]
+
+
+def ours(activation, slope=None):
+    function = getattr(dlgpu.functional, activation)
+    return function if slope is None else lambda x: function(x, slope)
+
+
+def theirs(activation, slope=None):
+    return lambda x: lookup(activation).eager(x, 0.01 if slope is None else slope)
+
+
+@pytest.mark.parametrize(("activation", "slope"), ACTS)
+@pytest.mark.parametrize(("backend", "dtype"), PAIRS, indirect=["backend"])
+def test_values(backend, device, dtype, activation, slope):
+    # Past one program's elements, and no multiple of them.
+    assert_conforms(ours(activation, slope), theirs(activation, slope), [3 * torch.randn(1031, dtype=dtype, device=device)])
+
+
+@pytest.mark.parametrize(("activation", "slope"), ACTS)
+@pytest.mark.parametrize(("backend", "dtype"), PAIRS, indirect=["backend"])
+def test_large_and_tiny(backend, device, dtype, activation, slope):
+    x = torch.tensor([*VALUES, *(-v for v in VALUES)], dtype=dtype, device=device)
+    y, dx = assert_conforms(ours(activation, slope), theirs(activation, slope), [x], torch.ones_like)
+    assert y.isfinite().all()
+    assert dx.isfinite().all()
+    # Beside 3e4 an error of a small one would not show.
+    small = x[x.abs() < 1e-2]
+    assert_conforms(ours(activation, slope), theirs(activation, slope), [small], torch.ones_like)
+    assert_conforms(ours(activation, slope), theirs(activation, slope), [x[x.abs() < 6]])
+
+
+@pytest.mark.parametrize("value", [1e-6, -1e-6, 0.3, -0.3])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_one_element(backend, device, activation, value):
+    assert_conforms(ours(activation), theirs(activation), [torch.tensor(value, device=device)], torch.ones_like)
+
+
+@pytest.mark.parametrize(("activation", "slope"), ACTS)
+@pytest.mark.parametrize(("backend", "dtype"), PAIRS, indirect=["backend"])
+def test_nan_infinity_and_zero(backend, device, dtype, activation, slope):
+    x = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1.0], dtype=dtype, device=device)
+    assert_conforms(ours(activation, slope), theirs(activation, slope), [x], torch.ones_like)
+    dy = x.flip(0)
+    assert_conforms(ours(activation, slope), theirs(activation, slope), [torch.linspace(-2, 2, 6).to(x)], lambda y: dy)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 0, 2), (2, 3, 5), (2, 1, 1, 7)])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_shapes(backend, device, shape, activation):
+    assert_conforms(ours(activation), theirs(activation), [torch.randn(shape, device=device)])
+
+
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "transposed": lambda t: t.t().contiguous().t(),
+    "sliced": lambda t: torch.randn(t.shape[0] + 3, 2 * t.shape[1] + 5, device=t.device)[2:-1, 3:-2:2].copy_(t),
+    "stride 0": lambda t: t[:1].expand(t.shape),
+    "stride 0 both ways": lambda t: t[:1, :1].expand(t.shape),
+}
+
+
+@hypothesis.given(
+    st.tuples(*[st.integers(0, 33)] * 2),
+    st.tuples(*[st.sampled_from(list(LAYOUTS))] * 2),
+    st.sampled_from(ACTS),
+)
+@hypothesis.example((7, 5), ("transposed", "stride 0 both ways"), ("relu", None))
+@hypothesis.example((7, 5), ("transposed", "contiguous"), ("silu", None))
+@hypothesis.example((7, 5), ("stride 0", "transposed"), ("gelu", None))
+@hypothesis.example((7, 5), ("sliced", "sliced"), ("tanh", None))
+def test_any_shape_and_layout(backend, device, shape, layouts, act):
+    torch.manual_seed(0)
+    x, dy = (LAYOUTS[layout](torch.randn(shape, device=device)) for layout in layouts)
+    assert_conforms(ours(*act), theirs(*act), [x], lambda y: dy)
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_a_channels_last_input(backend, device, activation):
+    x = torch.randn(2, 3, 4, 5, device=device).contiguous(memory_format=torch.channels_last)
+    assert_conforms(ours(activation), theirs(activation), [x])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_two_backward_passes_and_the_same_bits(backend, device, activation):
+    x = torch.randn(37, device=device, requires_grad=True)
+    y = ours(activation)(x)
+    first, second = torch.randn_like(y), torch.randn_like(y)
+    for dy in (first, second, first):
+        found = torch.autograd.grad(y, x, dy, retain_graph=True)
+        assert_same_bits([y, *found], run(ours(activation), [x], lambda y, dy=dy: dy))
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradient(backend, device, context, launches):
+    x = torch.randn(5, device=device, requires_grad=True)
+    y = dlgpu.functional.gelu(x)
+    with context():
+        still = dlgpu.functional.gelu(x)
+    assert y.requires_grad
+    assert not still.requires_grad
+    assert_same_bits([still], [y])
+    assert not dlgpu.functional.gelu(x.detach()).requires_grad
+    if backend == "triton":
+        assert [name for name, *_ in launches] == ["_activation_fwd_kernel"] * 3
+
+
+def test_gelu_approximate(backend, device):
+    x = torch.randn(5, device=device)
+    assert_same_bits(
+        [dlgpu.functional.gelu(x, approximate="tanh"), dlgpu.functional.gelu(x, "none")],
+        [dlgpu.functional.gelu_tanh(x), dlgpu.functional.gelu(x)],
+    )
+
+
+@pytest.mark.parametrize(("activation", "slope"), ACTS)
+def test_gradcheck(activation, slope):
+    # None within gradcheck's step of the bend at 0.
+    x = torch.tensor([[-2.3, -0.7], [0.4, 1.9]], dtype=torch.float64, requires_grad=True)
+    with dlgpu.use_backend("fallback"):
+        torch.autograd.gradcheck(ours(activation, slope), [x])
+        torch.autograd.gradgradcheck(ours(activation, slope), [x])
+
+
+@pytest.mark.parametrize(("activation", "slope"), ACTS)
+def test_second_derivatives(backend, device, activation, slope):
+    x = torch.randn(17, device=device)
+    dy = torch.randn(17, device=device)
+
+    def second(function, dtype):
+        leaf, upstream = (t.detach().to(dtype).requires_grad_() for t in (x, dy))
+        (first,) = torch.autograd.grad(function(leaf), leaf, upstream, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), (leaf, upstream), materialize_grads=True)
+
+    found = second(ours(activation, slope), torch.float32)
+    expected, truth = (second(theirs(activation, slope), dtype) for dtype in (torch.float32, torch.float64))
+    for a, t, e in zip(found, truth, expected, strict=True):
+        assert_accurate(a, t, e)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_table_holds_what_its_rows_say(activation, dtype):
+    """torch's own functions of a row: its gradient, from what the row says is saved, is that of its forward."""
+    row = lookup(activation)
+    x = torch.linspace(-3, 3, 31, dtype=dtype, requires_grad=True)
+    dy = torch.randn(31, dtype=dtype)
+    for slope in (0.01, -0.5) if activation == "leaky_relu" else (0.01,):
+        y = row.eager(x, slope)
+        saved = {"y": y, "z": x}[saved_for_backward(activation, slope)].detach()
+        assert_same_bits([row.eager_gradient(dy, saved, slope)], torch.autograd.grad(y, x, dy))
