@@ -86,7 +86,7 @@ def available_backends() -> tuple[str, ...]:
     return (*found, "fallback")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _has_cupy() -> bool:
     return importlib.util.find_spec("cupy") is not None
 

@@ -27,7 +27,7 @@ except ImportError:
 
     class _NoKernel:
         def __init__(self, fn: Any) -> None:
-            functools.update_wrapper(self, fn)
+            self.fn = fn
 
         def __getitem__(self, grid: Any) -> Any:
             raise RuntimeError(
@@ -41,7 +41,9 @@ except ImportError:
             return lambda *args, **kwargs: args[0] if args else None
 
     class _Triton:
-        jit = staticmethod(_NoKernel)
+        @staticmethod
+        def jit(fn: Any = None, **options: Any) -> Any:
+            return _NoKernel if fn is None else _NoKernel(fn)
 
         @staticmethod
         def cdiv(a: int, b: int) -> int:
@@ -83,12 +85,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
             kernel[grid](*args, **meta)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _cuda_limits(index: int) -> tuple[int, int, int]:
     properties = torch.cuda.get_device_properties(index)
     return (
         properties.major * 10 + properties.minor,
-        properties.shared_memory_per_block_optin,
+        properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
         properties.multi_processor_count,
     )
 

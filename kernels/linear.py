@@ -7,6 +7,8 @@ dX = dZ W and dW = dZ^T X. `_linear_dz_kernel` makes dZ = dY * act'(z) and per-s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from . import configs
@@ -159,10 +161,9 @@ def _matmul(
     capability, shared_memory, _ = device_limits(a.device)
     tile = configs.linear_tile(capability, shared_memory, a.dtype, N, K)
     if tile is None:
-        z = a @ b if bias is None else torch.addmm(bias, a, b)
-        return (
-            z if activation is None else activation_fwd(z, activation, negative_slope)
-        ), z if save_z else None
+        product = a @ b if bias is None else torch.addmm(bias, a, b)
+        activated = product if activation is None else activation_fwd(product, activation, negative_slope)
+        return activated, product if save_z else None
     y = torch.empty((M, N), dtype=a.dtype, device=a.device)
     z = torch.empty_like(y) if save_z else None
     launch(
@@ -213,7 +214,7 @@ def linear_bwd(
     saved: torch.Tensor | None,  # [M, N]: y or z
     activation: str | None,
     negative_slope: float,
-    needs: tuple[bool, bool, bool],
+    needs: Sequence[bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """(dx, dw, db), None for what is not needed: at most one pass for dZ and the column sums, one small launch that adds
     those, and a GEMM for each of dx and dw."""

@@ -29,6 +29,8 @@ __all__ = ["Launch", "adam_hyper", "adam_step", "layout", "upload"]
 
 # Columns of `table`: addresses, the number of elements, the address of the step counter, the parameter group.
 PARAM, GRAD, STATE0, STATE1, STATE2, NUMEL, STEP, GROUP, COLUMNS = map(tl.constexpr, range(9))
+# Those that the host needs, as ints.
+ADDRESSES, GRAD_COLUMN, STATE2_COLUMN, NUMEL_COLUMN = slice(0, 5), 1, 4, 5
 # Columns of `hyper`, a group's numbers.
 H_LR, H_LOG_BETA1, H_LOG_BETA2, H_BETA1, H_BETA2, H_NEW1, H_NEW2, H_EPS, H_L2, H_DECAY, H_SIGN = map(
     tl.constexpr, range(11)
@@ -91,8 +93,8 @@ def _adam_prologue_kernel(
 
 
 @triton.jit
-def _adam_update(p, g, m, v, v_max, has_max, scalars_ptr):
-    """The parameter and the states after one step, all float32."""
+def _adam_update(p, g, m, v, v_max, has_max, scalars_ptr, STATES: tl.constexpr):
+    """The parameter and the states after one step, all float32; v_max counts where has_max says so."""
     g = g * tl.load(scalars_ptr + S_SIGN)
     l2 = tl.load(scalars_ptr + S_L2)
     # 0 * p would make NaN of an infinite p.
@@ -102,9 +104,11 @@ def _adam_update(p, g, m, v, v_max, has_max, scalars_ptr):
     # torch.lerp: from whichever end is nearer, so that b1 = 0 gives g itself.
     m = tl.where(new1 < 0.5, m + new1 * (g - m), g - tl.load(scalars_ptr + S_BETA1) * (g - m))
     v = v * tl.load(scalars_ptr + S_BETA2) + tl.load(scalars_ptr + S_NEW2) * (g * g)
-    # NaN goes through from either.
-    v_max = tl.where((v > v_max) | (v != v), v, v_max)
-    v_hat = tl.where(has_max, v_max, v)
+    v_hat = v
+    if STATES == 3:
+        # NaN goes through from either.
+        v_max = tl.where((v > v_max) | (v != v), v, v_max)
+        v_hat = tl.where(has_max, v_max, v)
     denominator = tl.div_rn(tl.sqrt_rn(v_hat), tl.load(scalars_ptr + S_ROOT)) + tl.load(scalars_ptr + S_EPS)
     p = p - tl.load(scalars_ptr + S_SIZE) * tl.div_rn(m, denominator)
     return p, m, v, v_max
@@ -146,10 +150,10 @@ def _update_elements(
     if STATES == 3:
         s2_ptrs = _elements(row, STATE2, start, STATE_DTYPE, VECTOR) + offs
         s2 = tl.load(s2_ptrs, mask=offs < end2, other=0.0).to(tl.float32)
-        p, s0, s1, s2 = UPDATE(p, g, s0, s1, s2, end2 > 0, scalars_ptr)
+        p, s0, s1, s2 = UPDATE(p, g, s0, s1, s2, end2 > 0, scalars_ptr, STATES)
         tl.store(s2_ptrs, _cast(s2, STATE_DTYPE), mask=offs < end2)
     else:
-        p, s0, s1, _ = UPDATE(p, g, s0, s1, s1, False, scalars_ptr)
+        p, s0, s1, _ = UPDATE(p, g, s0, s1, s1, False, scalars_ptr, STATES)
     tl.store(p_ptrs, _cast(p, PARAM_DTYPE), mask=mask)
     tl.store(s0_ptrs, _cast(s0, STATE_DTYPE), mask=mask)
     tl.store(s1_ptrs, _cast(s1, STATE_DTYPE), mask=mask)
@@ -192,7 +196,7 @@ def _multi_tensor_kernel(
             )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _triton_dtype(dtype: torch.dtype) -> Any:
     return getattr(tl, str(dtype).removeprefix("torch."))
 
@@ -231,7 +235,7 @@ def layout(
 
     One a combination of dtypes, and one more where tensors of it have an address that is not a multiple of 16 bytes.
     """
-    unaligned = np.bitwise_or.reduce(table[:, PARAM_COLUMN : STATE2_COLUMN + 1], axis=1) % configs.VECTOR_BYTES != 0
+    unaligned = np.bitwise_or.reduce(table[:, ADDRESSES], axis=1) % configs.VECTOR_BYTES != 0
     members: dict[Any, list[int]] = {}
     for i, key in enumerate(zip(dtypes, unaligned.tolist(), strict=True)):
         members.setdefault(key, []).append(i)
@@ -245,3 +249,65 @@ def layout(
         chunks[:, 1] = np.arange(len(chunks)) - np.repeat(np.cumsum(counts) - counts, counts)
         found.append((kinds, 3 if rows[:, STATE2_COLUMN].any() else 2, tile, chunks))
     return found
+
+
+def adam_hyper(
+    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, decoupled: bool, maximize: bool
+) -> tuple[float, ...]:
+    """A group's row of `hyper`. Differences from 1 and logarithms are taken here, in float64."""
+    return (
+        lr,
+        math.log(beta1) if beta1 else -math.inf,
+        math.log(beta2) if beta2 else -math.inf,
+        beta1,
+        beta2,
+        1 - beta1,
+        1 - beta2,
+        eps,
+        0.0 if decoupled else weight_decay,
+        weight_decay if decoupled else 0.0,
+        -1.0 if maximize else 1.0,
+        0.0,
+    )
+
+
+def adam_step(
+    table: torch.Tensor,  # [T, COLUMNS] int64, T a multiple of ROWS, padding rows 0
+    lr_address: torch.Tensor,  # [G] int64
+    hyper: torch.Tensor,  # [G, HYPER] float32
+    scalars: torch.Tensor,  # [T, SCALARS] float32
+    launches: Sequence[Launch],
+) -> None:
+    """One step of every tensor in the table: the prologue, then a launch for each of `launches`."""
+    launch(
+        _adam_prologue_kernel,
+        (table.shape[0] // ROWS,),
+        table,
+        lr_address,
+        hyper,
+        scalars,
+        BLOCK=ROWS,
+        num_warps=4,
+    )
+    for part in launches:
+        param, grad, state = map(_triton_dtype, part.dtypes)
+        launch(
+            _multi_tensor_kernel,
+            (part.chunks.shape[0],),
+            table,
+            part.chunks,
+            scalars,
+            UPDATE=_adam_update,
+            STATES=part.states,
+            PARAM_DTYPE=param,
+            GRAD_DTYPE=grad,
+            STATE_DTYPE=state,
+            BLOCK=part.tile.block,
+            VECTOR=part.tile.vector,
+            num_warps=part.tile.num_warps,
+        )
+
+
+def empty_scalars(rows: int, device: torch.device) -> torch.Tensor:
+    """Room for the coefficients of that many tensors."""
+    return torch.empty((rows, 16), dtype=torch.float32, device=device)

@@ -68,19 +68,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         output["launches"], output["programs"] = dict(_launches), dict(_programs)
 
 
-class _Collector:
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
     """On xdist's controller: adds up what its workers launched."""
-
-    def pytest_testnodedown(self, node: Any) -> None:
-        output = getattr(node, "workeroutput", {})
-        _launches.update(output.get("launches", {}))
-        for name, programs in output.get("programs", {}).items():
-            _programs[name] = max(_programs[name], programs)
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    if config.pluginmanager.hasplugin("dsession"):
-        config.pluginmanager.register(_Collector())
+    output = getattr(node, "workeroutput", {})
+    _launches.update(output.get("launches", {}))
+    for name, programs in output.get("programs", {}).items():
+        _programs[name] = max(_programs[name], programs)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

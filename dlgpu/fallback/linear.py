@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ def linear_bwd(
     saved: Any | None,
     activation: str | None,
     negative_slope: float,
-    needs: tuple[bool, bool, bool],
+    needs: Sequence[bool],
 ) -> tuple[Any | None, Any | None, Any | None]:
     """dz = dy * act'; (dx, dw, db) = (dz w, dz^T x, sum of dz's rows), each None where needs says so."""
     need_x, need_w, need_b = needs

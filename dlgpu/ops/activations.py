@@ -76,15 +76,15 @@ class ActivationFunction(torch.autograd.Function):
     """Autograd of `activation`, at the op's Autograd key."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, name: str, negative_slope: float, backend: str) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: torch.Tensor, name: str, negative_slope: float, backend: str) -> torch.Tensor:
         y = _activation.below(x, name, negative_slope, backend)
         # x too, by reference: double backward is built from it.
         ctx.save_for_backward(x, y if saved_for_backward(name, negative_slope) == "y" else None)
         ctx.name, ctx.negative_slope, ctx.backend = name, negative_slope, backend
-        return y  # type: ignore[no-any-return]
+        return y
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, y = ctx.saved_tensors
         if torch.is_grad_enabled():
             eager = lookup(ctx.name).eager
@@ -98,8 +98,8 @@ class ActivationFunction(torch.autograd.Function):
 
 def _activation_autograd(x: torch.Tensor, name: str, negative_slope: float, backend: str) -> torch.Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
-        return ActivationFunction.apply(x, name, negative_slope, backend)  # type: ignore[no-any-return]
-    return _activation.below(x, name, negative_slope, backend)  # type: ignore[no-any-return]
+        return ActivationFunction.apply(x, name, negative_slope, backend)
+    return _activation.below(x, name, negative_slope, backend)
 
 
 _activation = _dispatch.define(

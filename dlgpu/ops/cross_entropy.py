@@ -63,7 +63,7 @@ def cross_entropy(
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     backend = _dispatch.choose_backend(input)
     if input.dim() == 2 and target.dim() == 1:
-        return _cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing, backend)  # type: ignore[no-any-return]
+        return _cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing, backend)
     if input.dim() == 0:
         raise RuntimeError("cross_entropy: input has no dimensions, expected [C], [N, C] or [N, C, d1, ...]")
     if input.shape == target.shape and target.is_floating_point():
@@ -78,7 +78,7 @@ def cross_entropy(
     loss = _cross_entropy(
         logits, target.reshape(-1), weight, reduction, ignore_index, label_smoothing, backend
     )
-    return loss.view(target.shape) if reduction == "none" else loss  # type: ignore[no-any-return]
+    return loss.view(target.shape) if reduction == "none" else loss
 
 
 def _refuse_probabilities() -> None:
@@ -283,7 +283,7 @@ class CrossEntropyFunction(torch.autograd.Function):
     """Autograd of `cross_entropy` on [N, C] logits, at the op's Autograd key."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: torch.Tensor,
         target: torch.Tensor,
@@ -298,10 +298,10 @@ class CrossEntropyFunction(torch.autograd.Function):
         )
         ctx.save_for_backward(x, target, weight, stats, denominator)
         ctx.options, ctx.backend = (reduction, ignore_index, label_smoothing), backend
-        return loss  # type: ignore[no-any-return]
+        return loss
 
     @staticmethod
-    def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, target, weight, stats, denominator = ctx.saved_tensors
         if torch.is_grad_enabled():
             reduction, ignore_index, label_smoothing = ctx.options
@@ -326,8 +326,8 @@ class CrossEntropyFunction(torch.autograd.Function):
 
 def _cross_entropy_autograd(x: torch.Tensor, *rest: Any) -> torch.Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
-        return CrossEntropyFunction.apply(x, *rest)  # type: ignore[no-any-return]
-    return _cross_entropy.below(x, *rest)  # type: ignore[no-any-return]
+        return CrossEntropyFunction.apply(x, *rest)
+    return _cross_entropy.below(x, *rest)
 
 
 _cross_entropy = _dispatch.define(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ def linear(
     """
     _checks.require_tensor("linear", "input", input)
     call = _linear_autograd if _dispatch.nothing_above_autograd() else _linear
-    return call(input, weight, bias, activation, negative_slope, _dispatch.choose_backend(input))  # type: ignore[no-any-return]
+    return call(input, weight, bias, activation, negative_slope, _dispatch.choose_backend(input))
 
 
 def _check(
@@ -253,7 +253,7 @@ class LinearFunction(torch.autograd.Function):
     """Autograd of `linear`, at the op's Autograd key."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         input: torch.Tensor,
         weight: torch.Tensor,
@@ -271,7 +271,7 @@ class LinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         input, weight, bias, saved = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
@@ -315,16 +315,22 @@ def _linear_autograd(
     if torch.is_grad_enabled() and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return LinearFunction.apply(input, weight, bias, activation, negative_slope, backend)  # type: ignore[no-any-return]
-    return _linear.below(input, weight, bias, activation, negative_slope, backend)  # type: ignore[no-any-return]
+        return LinearFunction.apply(input, weight, bias, activation, negative_slope, backend)
+    return _linear.below(input, weight, bias, activation, negative_slope, backend)
+
+
+def _result_only(forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> Callable[..., torch.Tensor]:
+    return lambda *args: forward(*args, False)[0]
 
 
 _linear = _dispatch.define(
     "linear(Tensor input, Tensor weight, Tensor? bias, str? activation, float negative_slope, str backend) -> Tensor",
-    triton=lambda *args: _fwd_triton(*args, False)[0],
-    fallback=lambda *args: _fwd_fallback(*args, False)[0],
-    eager=lambda *args: _fwd_eager(*args, False)[0],
-    fake=lambda *args: _fwd_fake(*args[:-1], False, args[-1])[0],
+    triton=_result_only(_fwd_triton),
+    fallback=_result_only(_fwd_fallback),
+    eager=_result_only(_fwd_eager),
+    fake=lambda input, weight, bias, activation, slope, backend: _fwd_fake(
+        input, weight, bias, activation, slope, False, backend
+    )[0],
     autograd=_linear_autograd,
     autocast=_dispatch.cast_floating,
 )
