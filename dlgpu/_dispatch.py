@@ -172,55 +172,54 @@ def define(
     if autocast is not None:
         for device in ("CPU", "CUDA"):
             _library.impl(name, _autocast_kernel(op, autocast, device), f"Autocast{device}")
-    return Op(op, table)
+    return Op(op, table, autograd)
 
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), str, float, int, bool, tuple, list))
 
 
-def nothing_above_autograd() -> bool:
-    """Whether a call of an op would reach its Autograd key at once: no tracing, no autocast, no functorch transform.
-
-    Then a public function may call what stands there itself, and saves one of two trips through the dispatcher: on the CPU
-    about 4 us of the 20 that a small layer takes.
-    """
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._are_functorch_transforms_active()
-    )
-
-
-def _nothing_watches(args: tuple[Any, ...]) -> bool:
-    """Whether the dispatcher would do no more than find the implementation: plain tensors on a CPU or a GPU, no tracing, no
-    mode or transform, no profiler that wants the op's name."""
+def _plain(args: tuple[Any, ...]) -> bool:
+    """Whether no tracing, transform or tensor subclass wants to see a call with these arguments."""
     return (
         _PLAIN.issuperset(map(type, args))
-        and (args[0].is_cpu or args[0].is_cuda)
-        and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
-        and not torch.autograd.profiler._is_profiler_enabled
         and not torch.compiler.is_compiling()
     )
 
 
 class Op:
-    """An op of the dispatcher: called, it goes there; `below` runs it below autograd, by the shortest way."""
+    """An op of the dispatcher, called by the shortest way that gives the dispatcher's result.
 
-    __slots__ = ("_implementations", "overload")
+    Two trips through the dispatcher into Python take about 8 us, as long as a small layer's arithmetic on the CPU. So where
+    it would do no more than find an implementation, that is called at once: for plain tensors on a CPU or a GPU, with no
+    tracing, mode, transform, autocast or profiler about.
+    """
 
-    def __init__(self, overload: Any, implementations: dict[str, Callable[..., Any]]) -> None:
+    __slots__ = ("_autograd", "_implementations", "overload")
+
+    def __init__(
+        self, overload: Any, implementations: dict[str, Callable[..., Any]], autograd: Callable[..., Any] | None
+    ) -> None:
         self.overload = overload
         self._implementations = implementations
+        self._autograd = autograd
 
     def __call__(self, *args: Any) -> Any:
+        """What `overload` gives: autocast, then autograd, then the implementation of the backend."""
+        if self._autograd is not None and _plain(args) and not torch._C._is_any_autocast_enabled():
+            return self._autograd(*args)
         return self.overload(*args)
 
     def below(self, *args: Any) -> Any:
-        """The op below autograd, for use inside the functions at its Autograd key and in backward."""
+        """The op below autograd: for the functions at its Autograd key, and for backward."""
         # The guard also keeps results from counting as views, which may not be modified in place.
         with torch._C._AutoDispatchBelowAutograd():
-            if _nothing_watches(args):
+            if (
+                _plain(args)
+                and (args[0].is_cpu or args[0].is_cuda)
+                and not torch._C._len_torch_dispatch_stack()
+                and not torch.autograd.profiler._is_profiler_enabled
+            ):
                 return self._implementations[args[-1]](*args[:-1])
             return self.overload(*args)
 

@@ -122,6 +122,6 @@ def cross_entropy_tile(dtype: torch.dtype, C: int) -> RowTile:
 
 
 def adam_tile(itemsize: int, aligned: bool) -> FlatTile:
-    """Four vectors a thread of each operand, or as many elements one by one; `itemsize` is the widest operand's."""
+    """Sixteen elements a thread; `itemsize` is the widest operand's, whose vectors are 128 bits."""
     vector = VECTOR_BYTES // itemsize
-    return FlatTile(4 * 128 * vector, vector if aligned else 1, 4)
+    return FlatTile(16 * 128, vector if aligned else 1, 4)

@@ -25,20 +25,18 @@ import torch
 from . import configs
 from ._triton import _cast, launch, tl, triton
 
-__all__ = ["Launch", "adam_hyper", "adam_step", "layout", "upload"]
+__all__ = ["Launch", "adam_hyper", "adam_step", "layout", "unaligned", "upload"]
 
-# Columns of `table`: addresses, the number of elements, the address of the step counter, the parameter group.
+# `table`: addresses, the number of elements, the address of the step counter, the parameter group.
 PARAM, GRAD, STATE0, STATE1, STATE2, NUMEL, STEP, GROUP, COLUMNS = map(tl.constexpr, range(9))
-# Those that the host needs, as ints.
-ADDRESSES, GRAD_COLUMN, STATE2_COLUMN, NUMEL_COLUMN = slice(0, 5), 1, 4, 5
-# Columns of `hyper`, a group's numbers.
-H_LR, H_LOG_BETA1, H_LOG_BETA2, H_BETA1, H_BETA2, H_NEW1, H_NEW2, H_EPS, H_L2, H_DECAY, H_SIGN = map(
-    tl.constexpr, range(11)
-)
-HYPER = tl.constexpr(12)
-# Columns of `scalars`, what one tensor's step needs.
+# `hyper`: a group's numbers.
+H_LR, H_LOG1, H_LOG2, H_BETA1, H_BETA2, H_NEW1, H_NEW2, H_EPS, H_L2, H_DECAY, H_SIGN, HYPER = map(tl.constexpr, range(12))
+# `scalars`: the coefficients of one tensor's step.
 S_SIGN, S_L2, S_DECAY, S_BETA1, S_NEW1, S_BETA2, S_NEW2, S_ROOT, S_EPS, S_SIZE = map(tl.constexpr, range(10))
 SCALARS = tl.constexpr(16)
+# Outside of kernels, where a constexpr is no int.
+ADDRESSES, GRAD_COLUMN, STATE2_COLUMN, NUMEL_COLUMN = slice(0, 5), 1, 4, 5
+TABLE_WIDTH, HYPER_WIDTH, SCALARS_WIDTH = 8, 11, 16
 
 ROWS = 128  # tensors a program of the prologue takes; tables are padded to a multiple of it
 
@@ -76,8 +74,8 @@ def _adam_prologue_kernel(
     lr_is_tensor = lr_address != 0
     lr_tensor = tl.load(lr_address.to(tl.pointer_type(tl.float32)), mask=lr_is_tensor, other=0.0)
     lr = tl.where(lr_is_tensor, lr_tensor, tl.load(hyper + H_LR))
-    correction1 = -_expm1(step * tl.load(hyper + H_LOG_BETA1))
-    correction2 = -_expm1(step * tl.load(hyper + H_LOG_BETA2))
+    correction1 = -_expm1(step * tl.load(hyper + H_LOG1))
+    correction2 = -_expm1(step * tl.load(hyper + H_LOG2))
 
     out = scalars_ptr + tensor * SCALARS
     tl.store(out + S_SIGN, tl.load(hyper + H_SIGN), mask=live)
@@ -201,12 +199,15 @@ def _triton_dtype(dtype: torch.dtype) -> Any:
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 
+Dtypes = tuple[torch.dtype, torch.dtype, torch.dtype]  # of parameter, gradient, states
+
+
 @dataclasses.dataclass(frozen=True)
 class Launch:
     """The tensors that share a launch: those of equal dtypes, aligned to 16 bytes or not."""
 
     chunks: torch.Tensor  # [C, 2] int32, on the device
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]  # of parameter, gradient, states
+    dtypes: Dtypes
     states: int
     tile: configs.FlatTile
 
@@ -228,16 +229,13 @@ def upload(array: np.ndarray, device: torch.device, keep: list[torch.Tensor] | N
 
 
 def layout(
-    table: np.ndarray,  # [T, COLUMNS] int64, unpadded
-    dtypes: Sequence[tuple[torch.dtype, torch.dtype, torch.dtype]],
-) -> list[tuple[tuple[torch.dtype, torch.dtype, torch.dtype], int, configs.FlatTile, np.ndarray]]:
-    """The launches that these tensors need, as (dtypes, states, tile, chunks).
-
-    One a combination of dtypes, and one more where tensors of it have an address that is not a multiple of 16 bytes.
-    """
-    unaligned = np.bitwise_or.reduce(table[:, ADDRESSES], axis=1) % configs.VECTOR_BYTES != 0
-    members: dict[Any, list[int]] = {}
-    for i, key in enumerate(zip(dtypes, unaligned.tolist(), strict=True)):
+    table: np.ndarray,  # [T, COLUMNS] int64
+    dtypes: Sequence[Dtypes],  # of each tensor; padding rows have none
+) -> list[tuple[np.ndarray, Dtypes, int, configs.FlatTile]]:
+    """The launches that these tensors need, as the fields of Launch: one a combination of dtypes, and one more where
+    tensors of it have an address that is not a multiple of 16 bytes."""
+    members: dict[tuple[Dtypes, bool], list[int]] = {}
+    for i, key in enumerate(zip(dtypes, unaligned(table), strict=False)):
         members.setdefault(key, []).append(i)
     found = []
     for (kinds, scalar), tensors in members.items():
@@ -247,7 +245,14 @@ def layout(
         chunks = np.empty((int(counts.sum()), 2), np.int32)
         chunks[:, 0] = np.repeat(tensors, counts)
         chunks[:, 1] = np.arange(len(chunks)) - np.repeat(np.cumsum(counts) - counts, counts)
-        found.append((kinds, 3 if rows[:, STATE2_COLUMN].any() else 2, tile, chunks))
+        if len(chunks):
+            found.append((chunks, kinds, 3 if rows[:, STATE2_COLUMN].any() else 2, tile))
+    return found
+
+
+def unaligned(table: np.ndarray) -> list[bool]:
+    """Which tensors have an address that is not a multiple of 16 bytes."""
+    found: list[bool] = (np.bitwise_or.reduce(table[:, ADDRESSES], axis=1) % configs.VECTOR_BYTES != 0).tolist()
     return found
 
 
@@ -267,7 +272,6 @@ def adam_hyper(
         0.0 if decoupled else weight_decay,
         weight_decay if decoupled else 0.0,
         -1.0 if maximize else 1.0,
-        0.0,
     )
 
 
@@ -306,8 +310,3 @@ def adam_step(
             VECTOR=part.tile.vector,
             num_warps=part.tile.num_warps,
         )
-
-
-def empty_scalars(rows: int, device: torch.device) -> torch.Tensor:
-    """Room for the coefficients of that many tensors."""
-    return torch.empty((rows, 16), dtype=torch.float32, device=device)

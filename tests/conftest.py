@@ -1,4 +1,4 @@
-"""Where the tests run: the kernels on the GPU if there is one, else in Triton's interpreter, on CPU tensors."""
+"""Where the tests run: the kernels on the GPU if there is one, else in Triton's interpreter on CPU tensors."""
 
 import importlib
 import os
@@ -13,6 +13,7 @@ if WORKER:
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"
 
+# ruff: noqa: E402
 import hypothesis
 import numpy as np
 import pytest

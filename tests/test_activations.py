@@ -4,16 +4,15 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from tolerance import PAIRS, assert_accurate, assert_conforms, assert_same_bits, run
 
 import dlgpu.functional
 from dlgpu.kernels.activations import ACTIVATIONS, lookup, saved_for_backward
+from tolerance import LAYOUTS, PAIRS, assert_accurate, assert_conforms, assert_same_bits, run
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-ACTS = [*((name, None) for name in ACTIVATIONS), ("leaky_relu", 0.3), ("leaky_relu", -0.5), ("leaky_relu", 0.0)]
-# Both sides of each bend, the tails, where exp overflows or a polynomial hands over to it; and a tiny and a large x alone,
-# where nothing larger can hide an error.
+ACTS = [*((name, None) for name in ACTIVATIONS), *(("leaky_relu", slope) for slope in (0.3, -0.5, 0.0))]
+# Both sides of each bend, the tails, where exp overflows and where a polynomial hands over to it.
 VALUES = [0.0, 1e-6, 1e-3, 0.1, 0.59, 0.6, 0.61, 1.0, 5.0, 10.0, 15.0, 40.0, 88.0, 100.0, 1000.0, 3e4]
 
 
@@ -30,26 +29,33 @@ def theirs(activation, slope=None):
 @pytest.mark.parametrize(("backend", "dtype"), PAIRS, indirect=["backend"])
 def test_values(backend, device, dtype, activation, slope):
     # Past one program's elements, and no multiple of them.
-    assert_conforms(ours(activation, slope), theirs(activation, slope), [3 * torch.randn(1031, dtype=dtype, device=device)])
+    assert_conforms(
+        ours(activation, slope),
+        theirs(activation, slope),
+        [3 * torch.randn(1031, dtype=dtype, device=device)],
+    )
 
 
 @pytest.mark.parametrize(("activation", "slope"), ACTS)
 @pytest.mark.parametrize(("backend", "dtype"), PAIRS, indirect=["backend"])
 def test_large_and_tiny(backend, device, dtype, activation, slope):
     x = torch.tensor([*VALUES, *(-v for v in VALUES)], dtype=dtype, device=device)
-    y, dx = assert_conforms(ours(activation, slope), theirs(activation, slope), [x], torch.ones_like)
-    assert y.isfinite().all()
-    assert dx.isfinite().all()
+    found = run(ours(activation, slope), [x], torch.ones_like)
+    expected, truth = (run(theirs(activation, slope), [x], torch.ones_like, t) for t in (None, torch.float64))
     # Beside 3e4 an error of a small one would not show.
-    small = x[x.abs() < 1e-2]
-    assert_conforms(ours(activation, slope), theirs(activation, slope), [small], torch.ones_like)
-    assert_conforms(ours(activation, slope), theirs(activation, slope), [x[x.abs() < 6]])
+    for limit in (1e-2, 6.0, 1e5):
+        keep = x.abs() < limit
+        for a, t, e in zip(found, truth, expected, strict=True):
+            assert a.isfinite().all()
+            assert_accurate(a[keep], t[keep], e[keep], f"result or gradient below {limit}")
 
 
-@pytest.mark.parametrize("value", [1e-6, -1e-6, 0.3, -0.3])
+@pytest.mark.parametrize("value", [1e-6, -0.3])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_one_element(backend, device, activation, value):
-    assert_conforms(ours(activation), theirs(activation), [torch.tensor(value, device=device)], torch.ones_like)
+    assert_conforms(
+        ours(activation), theirs(activation), [torch.tensor(value, device=device)], torch.ones_like
+    )
 
 
 @pytest.mark.parametrize(("activation", "slope"), ACTS)
@@ -57,23 +63,19 @@ def test_one_element(backend, device, activation, value):
 def test_nan_infinity_and_zero(backend, device, dtype, activation, slope):
     x = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1.0], dtype=dtype, device=device)
     assert_conforms(ours(activation, slope), theirs(activation, slope), [x], torch.ones_like)
-    dy = x.flip(0)
-    assert_conforms(ours(activation, slope), theirs(activation, slope), [torch.linspace(-2, 2, 6).to(x)], lambda y: dy)
+
+
+@pytest.mark.parametrize(("activation", "slope"), ACTS)
+def test_upstream_nan_and_infinity(backend, device, activation, slope):
+    x = torch.linspace(-2, 2, 6, device=device)
+    dy = torch.tensor([float("nan"), float("inf"), -float("inf")] * 2, device=device)
+    assert_conforms(ours(activation, slope), theirs(activation, slope), [x], lambda y: dy)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 0, 2), (2, 3, 5), (2, 1, 1, 7)])
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 def test_shapes(backend, device, shape, activation):
     assert_conforms(ours(activation), theirs(activation), [torch.randn(shape, device=device)])
-
-
-LAYOUTS = {
-    "contiguous": lambda t: t,
-    "transposed": lambda t: t.t().contiguous().t(),
-    "sliced": lambda t: torch.randn(t.shape[0] + 3, 2 * t.shape[1] + 5, device=t.device)[2:-1, 3:-2:2].copy_(t),
-    "stride 0": lambda t: t[:1].expand(t.shape),
-    "stride 0 both ways": lambda t: t[:1, :1].expand(t.shape),
-}
 
 
 @hypothesis.given(
@@ -84,7 +86,7 @@ LAYOUTS = {
 @hypothesis.example((7, 5), ("transposed", "stride 0 both ways"), ("relu", None))
 @hypothesis.example((7, 5), ("transposed", "contiguous"), ("silu", None))
 @hypothesis.example((7, 5), ("stride 0", "transposed"), ("gelu", None))
-@hypothesis.example((7, 5), ("sliced", "sliced"), ("tanh", None))
+@hypothesis.example((7, 5), ("rows apart", "columns apart"), ("tanh", None))
 def test_any_shape_and_layout(backend, device, shape, layouts, act):
     torch.manual_seed(0)
     x, dy = (LAYOUTS[layout](torch.randn(shape, device=device)) for layout in layouts)
@@ -97,7 +99,7 @@ def test_a_channels_last_input(backend, device, activation):
     assert_conforms(ours(activation), theirs(activation), [x])
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ["relu", "tanh", "gelu"])
 def test_two_backward_passes_and_the_same_bits(backend, device, activation):
     x = torch.randn(37, device=device, requires_grad=True)
     y = ours(activation)(x)

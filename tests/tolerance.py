@@ -8,7 +8,16 @@ from typing import Any
 
 import torch
 
-__all__ = ["DTYPES", "PAIRS", "assert_accurate", "assert_conforms", "assert_same_bits", "bits", "run"]
+__all__ = [
+    "DTYPES",
+    "LAYOUTS",
+    "PAIRS",
+    "assert_accurate",
+    "assert_conforms",
+    "assert_same_bits",
+    "bits",
+    "run",
+]
 
 # Per dtype, in eps of the truth's own maximum (for the maximum error) and RMS (for the RMS error). Torch's error can be
 # 0 by luck where there are few elements, so that twice it allows nothing.
@@ -26,6 +35,20 @@ FLOOR = {
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # What each backend takes, for parametrize(("backend", "dtype"), PAIRS, indirect=["backend"]).
 PAIRS = [("fallback", torch.float64), *((name, dtype) for name in ("fallback", "triton") for dtype in DTYPES)]
+
+
+NAN = float("nan")
+# Matrices equal to the given one that lie in memory in another way, with NaN in what they skip; the last two hold its first
+# row or element alone.
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "contiguous": lambda t: t,
+    "transposed": lambda t: t.t().contiguous().t(),
+    "rows apart": lambda t: t.new_full((2 * t.shape[0] + 1, t.shape[1] + 5), NAN)[1::2, 2:-3].copy_(t),
+    "columns apart": lambda t: t.new_full((t.shape[0] + 2, 2 * t.shape[1]), NAN)[1:-1, ::2].copy_(t),
+    "one element in": lambda t: torch.cat([t.new_full((1,), NAN), t.reshape(-1)])[1:].view(t.shape),
+    "stride 0": lambda t: t[:1].expand(t.shape),
+    "stride 0 both ways": lambda t: t[:1, :1].expand(t.shape),
+}
 
 
 def _max_and_rms(values: torch.Tensor) -> tuple[float, float]:

@@ -53,8 +53,7 @@ def linear(
     tensor([[0., 1.]])
     """
     _checks.require_tensor("linear", "input", input)
-    call = _linear_autograd if _dispatch.nothing_above_autograd() else _linear
-    return call(input, weight, bias, activation, negative_slope, _dispatch.choose_backend(input))
+    return _linear(input, weight, bias, activation, negative_slope, _dispatch.choose_backend(input))
 
 
 def _check(
