@@ -7,7 +7,6 @@ weights and see the same batches, so that losses can be compared step by step.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -50,7 +49,9 @@ def load() -> Digits:
     from sklearn.model_selection import train_test_split
 
     x, y = load_digits(return_X_y=True)
-    parts = train_test_split((x / 16).astype(np.float32), y.astype(np.int64), test_size=0.2, stratify=y, random_state=0)
+    parts = train_test_split(
+        (x / 16).astype(np.float32), y.astype(np.int64), test_size=0.2, stratify=y, random_state=0
+    )
     train_x, test_x, train_y, test_y = (torch.from_numpy(np.ascontiguousarray(part)) for part in parts)
     return Digits(train_x, train_y, test_x, test_y)
 
@@ -68,7 +69,12 @@ class Trainer:
     """The network, its optimizer and its data on one provider."""
 
     def __init__(
-        self, provider: Provider, data: Digits, seed: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        provider: Provider,
+        data: Digits,
+        seed: int,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.provider, self.data = provider, data.to(device, dtype)
         # torch.nn.Linear's initialization, drawn in float32 on the host: the same for every provider, device and dtype.
@@ -105,10 +111,12 @@ class Trainer:
         return float(hits.float().mean())
 
 
-def losses(trainer: Trainer, steps: int, seed: int) -> list[float]:
-    """The losses of the first steps."""
-    order = batches(len(trainer.data.train_x), 1 + steps * BATCH // len(trainer.data.train_x), seed)
-    return [float(trainer.step(*trainer.rows(index))) for _, index in zip(range(steps), order, strict=False)]
+def losses(trainer: Trainer, steps: int, seed: int) -> Iterator[float]:
+    """The losses of the first steps, each as its step is done."""
+    # Lazy: as many epochs as steps are surely enough.
+    order = batches(len(trainer.data.train_x), steps, seed)
+    for _, index in zip(range(steps), order, strict=False):
+        yield float(trainer.step(*trainer.rows(index)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,34 +127,31 @@ class Training:
     losses_b: tuple[float, ...]
     accuracy_a: float
     accuracy_b: float
-    seconds_a: float
-    seconds_b: float
-
-    @property
-    def steps(self) -> int:
-        return len(self.losses_a)
+    epochs: int
 
 
 def side_by_side(
-    a: Trainer, b: Trainer, epochs: int, seed: int, epoch_done: Callable[[int, float, float], None] | None = None
+    a: Trainer,
+    b: Trainer,
+    epochs: int,
+    seed: int,
+    epoch_done: Callable[[int, float, float], bool] | None = None,
 ) -> Training:
     """Trains `a` and `b`, taking turns after each epoch, so that their thread pools seldom meet.
 
     Args:
-        epoch_done: called with the epoch, from 1, and the mean losses of `a` and `b` in it.
+        epoch_done: called with the epoch, from 1, and the mean losses of `a` and `b` in it; True ends the training.
     """
     found: tuple[list[float], list[float]] = ([], [])
-    seconds = [0.0, 0.0]
     rows = len(a.data.train_x)
     order = list(batches(rows, epochs, seed))
     per_epoch = len(order) // epochs
     for epoch in range(epochs):
         part = order[epoch * per_epoch : (epoch + 1) * per_epoch]
         for which, trainer in enumerate((a, b)):
-            start = time.perf_counter()
             steps = [trainer.step(*trainer.rows(index)) for index in part]
-            found[which] += torch.stack(steps).tolist()
-            seconds[which] += time.perf_counter() - start
-        if epoch_done is not None:
-            epoch_done(epoch + 1, *(float(np.mean(half[-per_epoch:])) for half in found))
-    return Training(tuple(found[0]), tuple(found[1]), a.accuracy(), b.accuracy(), seconds[0], seconds[1])
+            found[which].extend(torch.stack(steps).tolist())
+        means = [float(np.mean(half[-per_epoch:])) for half in found]
+        if epoch_done is not None and epoch_done(epoch + 1, *means):
+            break
+    return Training(tuple(found[0]), tuple(found[1]), a.accuracy(), b.accuracy(), epoch + 1)

@@ -14,6 +14,7 @@ import platform
 import re
 import shutil
 import subprocess
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,14 +23,26 @@ from typing import Any
 import numpy as np
 import torch
 
+import dlgpu
 from dlgpu._version import __version__
 from dlgpu.kernels import _triton
 
-__all__ = ["Gpu", "Probes", "UsageError", "busy_cores", "choose_device", "describe", "find_gpu", "header"]
+__all__ = [
+    "Gpu",
+    "Probes",
+    "Others",
+    "UsageError",
+    "crowded",
+    "choose_device",
+    "describe",
+    "find_gpu",
+    "header",
+]
 
 _TOOL_TIMEOUT_S = 20
-PACKAGE = Path(__file__).resolve().parent.parent
-# What a result depends on, as folders beside the package or in it.
+# Not from this file: a checkout has bench/ beside the package, and a link to it inside.
+PACKAGE = Path(dlgpu.__file__).resolve().parent
+# What a result depends on, in the package.
 _SOURCES = ("kernels", "fallback", "ops", "_dispatch.py", "functional.py", "nn.py", "optim.py")
 
 
@@ -148,6 +161,10 @@ def find_gpu(probes: Probes | None = None) -> Gpu | None:
     return dataclasses.replace(gpu, problem=problem, fix=fix)
 
 
+# Builds that torch publishes, newest first, and the CUDA version that each needs of the driver.
+_WHEELS = (("cu130", (13, 0)), ("cu128", (12, 8)), ("cu126", (12, 6)))
+
+
 def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
 
@@ -155,7 +172,7 @@ def _version(text: str) -> tuple[int, ...]:
 def _diagnose(gpu: Gpu, probes: Probes, error: str) -> tuple[str, str]:
     if probes.torch_cuda is None:
         # The newest wheels that this driver runs, of those that torch publishes.
-        wheel = next((w for w in ("cu130", "cu128", "cu126") if _version(gpu.cuda) >= (int(w[2:4]), int(w[4]))), "")
+        wheel = next((name for name, needs in _WHEELS if _version(gpu.cuda) >= needs), "")
         index = f" --index-url https://download.pytorch.org/whl/{wheel}" if wheel else ""
         version = probes.torch_version.partition("+")[0]
         return (
@@ -192,7 +209,7 @@ def choose_device(wanted: str, gpu: Gpu | None) -> tuple[str, str]:
     return "cuda", str(gpu)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _cpu_model() -> str:
     try:
         match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
@@ -206,18 +223,40 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def busy_cores() -> float | None:
-    """How many cores other processes kept busy over the last minute, about; None where the system does not say."""
-    try:
-        return os.getloadavg()[0]
-    except OSError:
-        return None
+class Others:
+    """How many cores others, other machines on the same host included, keep busy while it lives."""
+
+    def __init__(self) -> None:
+        self._at, self._busy, self._own = time.monotonic(), self._jiffies(), time.process_time()
+
+    @staticmethod
+    def _jiffies() -> int | None:
+        try:
+            fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        except OSError:
+            return None
+        # All but idle and waiting for disks; nice, interrupts and stolen time included.
+        return sum(int(field) for i, field in enumerate(fields) if i not in (3, 4))
+
+    def cores(self) -> float | None:
+        """Since it was made; None where the system does not say."""
+        now, seconds = self._jiffies(), time.monotonic() - self._at
+        if now is None or self._busy is None or seconds <= 0:
+            return None
+        total = (now - self._busy) / os.sysconf("SC_CLK_TCK")
+        return max(0.0, (total - (time.process_time() - self._own)) / seconds)
+
+
+def crowded(others: float | None) -> bool:
+    """Whether others leave fewer cores than torch has threads: then a parallel loop waits for a thread that does not run,
+    for milliseconds, and what is timed is the scheduler."""
+    return others is not None and others > (os.cpu_count() or 1) - torch.get_num_threads() + 0.25
 
 
 def _blas_threads() -> int | None:
     """Threads of NumPy's BLAS, where threadpoolctl is there to ask."""
     try:
-        import threadpoolctl
+        import threadpoolctl  # type: ignore[import-untyped]
     except ImportError:
         return None
     pools = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
@@ -245,7 +284,7 @@ def _git(*arguments: str) -> str | None:
 def _commit() -> dict[str, Any] | None:
     """The checkout that the package is run from; None for an installed copy, which may lie in anybody's checkout."""
     top = _git("rev-parse", "--show-toplevel")
-    if top is None or Path(top).resolve() != PACKAGE.parent or _git("ls-files", "dlgpu/__init__.py") in (None, ""):
+    if top is None or Path(top).resolve() != PACKAGE.parent or not _git("ls-files", "dlgpu/__init__.py"):
         return None
     return {"commit": _git("rev-parse", "HEAD"), "modified": bool(_git("status", "--porcelain"))}
 
@@ -271,7 +310,6 @@ def describe(device: str, why: str, gpu: Gpu | None) -> dict[str, Any]:
         "gpu": None if gpu is None else {"name": gpu.name, "driver": gpu.driver, "cuda": gpu.cuda},
         "cpu": _cpu_model(),
         "cores": cores(),
-        "load": busy_cores(),
         "threads": {"torch": torch.get_num_threads(), "numpy": _blas_threads()},
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

@@ -37,23 +37,30 @@ class CpuTimer:
     pause a training step of 0.3 ms takes ten times as long after the other library's than in a loop by itself. So each
     sample waits until the process burns no CPU time, and then runs a few calls untimed: they wake the function's own
     workers, as the calls before them in a loop would.
+
+    Args:
+        synchronize: waits for what the function has only launched.
     """
 
     def __init__(
         self,
+        synchronize: Callable[[], object] | None = None,
         clock: Callable[[], float] = time.perf_counter,
         cpu_clock: Callable[[], float] = time.process_time,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
+        self._synchronize = synchronize or (lambda: None)
         self._clock, self._cpu_clock, self._sleep = clock, cpu_clock, sleep
 
     def __call__(self, function: Function, repeats: int) -> float:
         self._settle()
         for _ in range(max(1, repeats // 4)):
             function()
+        self._synchronize()
         start = self._clock()
         for _ in range(repeats):
             function()
+        self._synchronize()
         return self._clock() - start
 
     def _settle(self) -> None:
@@ -159,10 +166,12 @@ def paired(
     repeats = _warm_up((a, b), stop, timer, clock)
     functions = (a, b)
     samples: tuple[list[float], list[float]] = ([], [])
-    next_look, summary = stop.min_pairs, (math.nan, math.nan, math.nan)
+    next_look = stop.min_pairs
     while True:
         first = int(rng.integers(2))
-        taken = {which: timer(functions[which], repeats[which]) / repeats[which] for which in (first, 1 - first)}
+        taken = {
+            which: timer(functions[which], repeats[which]) / repeats[which] for which in (first, 1 - first)
+        }
         for which in (0, 1):
             samples[which].append(taken[which])
         pairs, spent = len(samples[0]), clock() - start
@@ -172,18 +181,29 @@ def paired(
         if out_of_time or pairs >= next_look:
             # Looked at ever more rarely: each look is a chance to stop on a lucky streak, and costs milliseconds.
             next_look = math.ceil(pairs * 1.25)
-            summary = bootstrap_interval(*samples, rng)
-            ratio, low, high = summary
+            ratio, low, high = bootstrap_interval(*samples, rng)
             converged = (high - low) / (2 * ratio) <= stop.noise
             if out_of_time or converged:
                 break
     return PairedResult(
-        tuple(samples[0]), tuple(samples[1]), *summary, *repeats, converged=converged, seconds=clock() - start
+        samples_a=tuple(samples[0]),
+        samples_b=tuple(samples[1]),
+        ratio=ratio,
+        low=low,
+        high=high,
+        repeats_a=repeats[0],
+        repeats_b=repeats[1],
+        converged=converged,
+        seconds=clock() - start,
     )
 
 
 def time_one(
-    function: Function, *, stop: Stop | None = None, timer: Timer | None = None, clock: Callable[[], float] = time.perf_counter
+    function: Function,
+    *,
+    stop: Stop | None = None,
+    timer: Timer | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[float, ...]:
     """Seconds a call, one entry a sample, of one function by itself: for ceilings, which have no rival."""
     stop = stop or Stop()
@@ -191,7 +211,9 @@ def time_one(
     start = clock()
     (repeats,) = _warm_up((function,), stop, timer, clock)
     samples: list[float] = []
-    while len(samples) < stop.min_pairs or (clock() - start < stop.budget_s and len(samples) < stop.max_pairs):
+    while len(samples) < stop.min_pairs or (
+        clock() - start < stop.budget_s and len(samples) < stop.max_pairs
+    ):
         samples.append(timer(function, repeats) / repeats)
     return tuple(samples)
 

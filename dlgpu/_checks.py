@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ __all__ = [
     "require_device",
     "require_dtype",
     "require_floating",
+    "require_integer",
+    "require_number",
     "require_shape",
     "require_tensor",
 ]
@@ -23,6 +26,18 @@ def require_tensor(op: str, name: str, value: Any) -> None:
     """TypeError unless `value` is a tensor."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a Tensor, got {type(value).__name__}")
+
+
+def require_number(op: str, name: str, value: Any) -> None:
+    """TypeError unless `value` is a real number, or one that is being traced."""
+    if type(value) is not float and not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+
+
+def require_integer(op: str, name: str, value: Any) -> None:
+    """TypeError unless `value` is an integer, or one that is being traced."""
+    if type(value) is not int and not isinstance(value, (numbers.Integral, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
 
 
 def require_floating(op: str, name: str, tensor: torch.Tensor) -> None:

@@ -90,7 +90,10 @@ class Adam(torch.optim.Adam):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._cache = ops.Cache()
+        # A copy of an optimizer has none; one that loads a state_dict keeps what its captured graphs read.
+        if "_cache" not in self.__dict__:
+            self._cache = ops.Cache()
+        self._cache.plan = None
 
     def _refuse_differentiable(self) -> None:
         raise NotImplementedError(
@@ -121,7 +124,7 @@ class Adam(torch.optim.Adam):
                 if g is not None:
                     state = self.state[p]
                     if not state:
-                        state.update(ops.new_state(p, group["amsgrad"]))
+                        state.update(ops.new_state(p, g, group["amsgrad"]))
                     params.append(p)
                     grads.append(g)
                     states.append(state)

@@ -48,22 +48,24 @@ class MatmulTile:
         return (self.block_m + self.block_n) * self.block_k * itemsize * max(self.num_stages - 1, 1)
 
 
-def linear_tile(capability: int, shared_memory: int, dtype: torch.dtype, N: int, K: int) -> MatmulTile | None:
-    """The GEMM tile for a result of N columns over K; None where cuBLAS multiplies instead. It does not depend on the
-    number of rows: a partial last batch compiles nothing new."""
+def linear_tile(
+    capability: int, shared_memory: int, dtype: torch.dtype, N: int, aligned: bool
+) -> MatmulTile | None:
+    """The GEMM tile for a result of N columns; None where cuBLAS multiplies instead. It does not depend on the number of
+    rows: a partial last batch compiles nothing new.
+
+    Args:
+        aligned: addresses are multiples of 16 bytes and row strides of 16 elements, which Triton wants for wide accesses.
+    """
     if dtype is torch.float32:
         # IEEE float32 has no matrix instruction: registers hold the whole product, and a larger tile spills.
-        return MatmulTile(
-            64, 64, 32, 8, 4, 3 if shared_memory >= 96 * 1024 else 2, "float32 products in registers"
-        )
+        return MatmulTile(64, 64, 32, 8, 4, 3 if shared_memory >= 96 * 1024 else 2, "float32 products in registers")
     if capability < 80:
         return None
+    if not aligned:
+        return MatmulTile(64, 64, 32, 8, 8, 2, "rows not aligned: 2-byte accesses, an address each, spill in larger tiles")
     if N <= 1024:
         return MatmulTile(64, 64, 64, 8, 4, 4, "few columns: small tiles, to fill the chip")
-    if N % 8:
-        return MatmulTile(
-            64, 128, 64, 8, 8, 3, "rows of the result unaligned: 2-byte stores, which spill at 128 x 128"
-        )
     return MatmulTile(128, 128, 64, 8, 8, 3, "many columns")
 
 
@@ -85,8 +87,9 @@ class StripTile:
 def linear_dz_tile(dtype: torch.dtype, N: int) -> StripTile:
     """Strips of dZ = dY * act'(.) with its column sums: at 64 rows the partial sums add 2% to a bf16 pass's bytes."""
     block_n = min(_power_of_2(N), 32 * VECTOR_BYTES // dtype.itemsize)
-    block_m = min(max(1, 2048 // block_n), 64)
-    return StripTile(64, block_m, block_n, 4)
+    # Unaligned rows take an address for each element, and spill at 16 elements a thread.
+    elements = 2048 if N % 16 == 0 else 1024
+    return StripTile(64, min(max(1, elements // block_n), 64), block_n, 4)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -159,13 +159,20 @@ def _matmul(
     """act(a b + bias) and, with save_z, a b + bias; a [M, K] and b [K, N] of any strides."""
     (M, K), N = a.shape, b.shape[1]
     capability, shared_memory, _ = device_limits(a.device)
-    tile = configs.linear_tile(capability, shared_memory, a.dtype, N, K)
+    aligned = N % 16 == 0 and all(
+        t.data_ptr() % 16 == 0 and all(s == 1 or s % 16 == 0 for s in t.stride()) for t in (a, b)
+    )
+    tile = configs.linear_tile(capability, shared_memory, a.dtype, N, aligned)
     if tile is None:
         product = a @ b if bias is None else torch.addmm(bias, a, b)
         activated = product if activation is None else activation_fwd(product, activation, negative_slope)
         return activated, product if save_z else None
     y = torch.empty((M, N), dtype=a.dtype, device=a.device)
     z = torch.empty_like(y) if save_z else None
+    # Strides of (1, 1), of a matrix one feature wide, say nothing: its other side is the batch.
+    contiguous_m, contiguous_ak, contiguous_bk = (
+        t.stride(i) == 1 != t.stride(1 - i) for t, i in ((a, 0), (a, 1), (b, 0))
+    )
     launch(
         _linear_kernel,
         (triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),),
@@ -182,9 +189,9 @@ def _matmul(
         negative_slope,
         ACT=lookup(activation).forward,
         PRECISION=matmul_precision(a.dtype),
-        ALIGNED_M=a.stride(0) == 1 and M % 16 == 0,
+        ALIGNED_M=contiguous_m and M % 16 == 0,
         ALIGNED_N=N % 16 == 0,
-        ALIGNED_K=(a.stride(1) == 1 or b.stride(0) == 1) and K % 16 == 0,
+        ALIGNED_K=(contiguous_ak or contiguous_bk) and K % 16 == 0,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,

@@ -25,12 +25,14 @@ import torch
 from . import configs
 from ._triton import _cast, launch, tl, triton
 
-__all__ = ["Launch", "adam_hyper", "adam_step", "layout", "unaligned", "upload"]
+__all__ = ["Launch", "Uploader", "adam_hyper", "adam_step", "layout", "unaligned"]
 
 # `table`: addresses, the number of elements, the address of the step counter, the parameter group.
 PARAM, GRAD, STATE0, STATE1, STATE2, NUMEL, STEP, GROUP, COLUMNS = map(tl.constexpr, range(9))
 # `hyper`: a group's numbers.
-H_LR, H_LOG1, H_LOG2, H_BETA1, H_BETA2, H_NEW1, H_NEW2, H_EPS, H_L2, H_DECAY, H_SIGN, HYPER = map(tl.constexpr, range(12))
+H_LR, H_LOG1, H_LOG2, H_BETA1, H_BETA2, H_NEW1, H_NEW2, H_EPS, H_L2, H_DECAY, H_SIGN, HYPER = map(
+    tl.constexpr, range(12)
+)
 # `scalars`: the coefficients of one tensor's step.
 S_SIGN, S_L2, S_DECAY, S_BETA1, S_NEW1, S_BETA2, S_NEW2, S_ROOT, S_EPS, S_SIZE = map(tl.constexpr, range(10))
 SCALARS = tl.constexpr(16)
@@ -212,32 +214,51 @@ class Launch:
     tile: configs.FlatTile
 
 
-def upload(array: np.ndarray, device: torch.device, keep: list[torch.Tensor] | None = None) -> torch.Tensor:
-    """A copy of the array on the device, without waiting for it.
+class Uploader:
+    """Copies arrays to one device without waiting for it.
 
-    Under graph capture the source of the copy is read again at each replay: `keep` then holds it and the copy.
+    Under graph capture such a copy is made at each replay, from the same host memory: `kept` holds both ends of it. Pinning
+    memory may not be allowed then, so the last source under each name stays at hand.
     """
-    tensor = torch.from_numpy(array)
-    if device.type == "cpu":
-        return tensor
-    # Pinned memory that is let go is not reused before the copy from it has happened: PyTorch's allocator sees to that.
-    pinned = tensor.pin_memory()
-    found = pinned.to(device, non_blocking=True)
-    if keep is not None:
-        keep += [pinned, found]
-    return found
+
+    def __init__(self, device: torch.device, kept: list[Any]) -> None:
+        self.device = device
+        self.kept = kept
+        self.sources: dict[str, torch.Tensor] = {}
+
+    def capturing(self) -> bool:
+        """Whether what is launched now is recorded only."""
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def __call__(self, name: str, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cpu":
+            return tensor
+        capturing = self.capturing()
+        source = self.sources.pop(name, None) if capturing else None
+        if source is None or source.shape != tensor.shape:
+            # Pinned memory that was let go comes back only after the copy from it: PyTorch's allocator sees to that.
+            source = torch.empty_like(tensor, pin_memory=True)
+        source.copy_(tensor)
+        found = source.to(self.device, non_blocking=True)
+        if capturing:
+            self.kept += [source, found]
+        else:
+            self.sources[name] = source
+        return found
 
 
 def layout(
     table: np.ndarray,  # [T, COLUMNS] int64
     dtypes: Sequence[Dtypes],  # of each tensor; padding rows have none
-) -> list[tuple[np.ndarray, Dtypes, int, configs.FlatTile]]:
-    """The launches that these tensors need, as the fields of Launch: one a combination of dtypes, and one more where
-    tensors of it have an address that is not a multiple of 16 bytes."""
+    upload: Uploader,
+) -> list[Launch]:
+    """The launches that these tensors need: one a combination of dtypes, and one more where tensors of it have an address
+    that is not a multiple of 16 bytes."""
     members: dict[tuple[Dtypes, bool], list[int]] = {}
     for i, key in enumerate(zip(dtypes, unaligned(table), strict=False)):
         members.setdefault(key, []).append(i)
-    found = []
+    found: list[Launch] = []
     for (kinds, scalar), tensors in members.items():
         rows = table[tensors]
         tile = configs.adam_tile(max(kind.itemsize for kind in kinds), not scalar)
@@ -246,13 +267,16 @@ def layout(
         chunks[:, 0] = np.repeat(tensors, counts)
         chunks[:, 1] = np.arange(len(chunks)) - np.repeat(np.cumsum(counts) - counts, counts)
         if len(chunks):
-            found.append((chunks, kinds, 3 if rows[:, STATE2_COLUMN].any() else 2, tile))
+            states = 3 if rows[:, STATE2_COLUMN].any() else 2
+            found.append(Launch(upload(f"chunks {len(found)}", chunks), kinds, states, tile))
     return found
 
 
 def unaligned(table: np.ndarray) -> list[bool]:
     """Which tensors have an address that is not a multiple of 16 bytes."""
-    found: list[bool] = (np.bitwise_or.reduce(table[:, ADDRESSES], axis=1) % configs.VECTOR_BYTES != 0).tolist()
+    found: list[bool] = (
+        np.bitwise_or.reduce(table[:, ADDRESSES], axis=1) % configs.VECTOR_BYTES != 0
+    ).tolist()
     return found
 
 

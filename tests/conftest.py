@@ -107,6 +107,14 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
+def debug_on_gpu(device: str) -> Iterator[None]:
+    """A target out of range is an IndexError on the CPU always, on a GPU under dlgpu.debug."""
+    dlgpu.debug(device != "cpu")
+    yield
+    dlgpu.debug(False)
+
+
+@pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Whatever torch or NumPy allocate without filling holds NaN: a result that was not written shows."""
     for name in ("empty", "empty_like"):
@@ -128,20 +136,28 @@ def _nan_filled(allocate: Callable[..., Any]) -> Callable[..., Any]:
     return filled
 
 
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
+class LaunchLog(list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]):
     """(kernel's name, kernel, its arguments, its constexprs and options) of each launch, in order."""
-    found: list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    # Log launches without running them: results hold garbage.
+    dry = False
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> LaunchLog:
+    """What was launched so far in the test."""
+    log = LaunchLog()
     launch = _triton.launch
 
     def recorded(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         if 0 not in grid:
-            found.append((kernel.__name__, kernel, args, meta))
-        launch(kernel, grid, *args, **meta)
+            log.append((kernel.__name__, kernel, args, meta))
+        if not log.dry:
+            launch(kernel, grid, *args, **meta)
 
     for info in pkgutil.iter_modules(importlib.import_module("dlgpu.kernels").__path__):
         module = importlib.import_module(f"dlgpu.kernels.{info.name}")
         # Modules import `launch` by name.
         if getattr(module, "launch", None) is launch:
             monkeypatch.setattr(module, "launch", recorded)
-    return found
+    return log

@@ -188,8 +188,9 @@ def test_blocks_of_minus_infinity(backend, device, columns, smoothing):
     assert smoothing or loss.isfinite().all()
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("classes", [5, 1100])
+# The interpreter's maximum of nothing but NaN warns.
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
+@pytest.mark.parametrize(("classes", "smoothing"), [(5, 0.0), (5, 0.1), (1100, 0.0)])
 @pytest.mark.parametrize(
     "case", ["all -inf", "target -inf", "one +inf", "target +inf", "two +inf", "NaN", "all NaN"]
 )
@@ -205,7 +206,7 @@ def test_nan_and_infinity(backend, device, case, classes, smoothing):
         "NaN": torch.where(torch.arange(classes) == 4, NAN, x[1].cpu()),
         "all NaN": torch.full((classes,), NAN),
     }[case].to(device)
-    for reduction in ("none",) if smoothing else ("none", "mean"):
+    for reduction in ("none", "mean") if classes == 5 and not smoothing else ("none",):
         check(x, target, reduction=reduction, label_smoothing=smoothing)
 
 
@@ -325,36 +326,23 @@ def test_second_derivatives(backend, device, reduction, smoothing):
         assert_accurate(a, t, e)
 
 
+@pytest.mark.usefixtures("debug_on_gpu")
 @pytest.mark.parametrize("target", [-1, -101, 7, 2**40, -(2**62)])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_target_out_of_range(backend, device, target, reduction):
     """An IndexError that names the row where it can be known without a synchronization."""
     x, targets = sample(5, 7, device=device)
     targets[3] = target
-    with (
-        dlgpu_debug(device != "cpu"),
-        pytest.raises(IndexError, match=rf"target {target} of row 3 .* 7 classes"),
-    ):
+    with pytest.raises(IndexError, match=rf"target {target} of row 3 .* 7 classes"):
         dlgpu.functional.cross_entropy(x, targets, reduction=reduction)
 
 
-class dlgpu_debug:
-    """dlgpu.debug within the block."""
-
-    def __init__(self, enabled):
-        self.enabled = enabled
-
-    def __enter__(self):
-        dlgpu.debug(self.enabled)
-
-    def __exit__(self, *error):
-        dlgpu.debug(False)
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_target_out_of_range_in_the_launcher(device, dtype, smoothing, weighted):
+@pytest.mark.parametrize(
+    ("dtype", "weighted", "smoothing"),
+    [(dtype, weighted, 0.1 * weighted) for dtype in DTYPES for weighted in (False, True)]
+    + [(torch.float32, True, 0.0), (torch.float32, False, 0.1)],
+)
+def test_a_target_out_of_range_in_the_launcher(device, dtype, weighted, smoothing):
     """What a GPU does, where the check would synchronize: NaN in that row alone, and nothing read or written astray."""
     x, target = sample(6, 37, dtype, device)
     weight = torch.rand(37, dtype=dtype, device=device) if weighted else None

@@ -28,12 +28,13 @@ def activation(input: torch.Tensor, name: str, negative_slope: float = 0.01) -> 
         y, like x.
 
     Raises:
-        TypeError: the dtype is not floating point.
+        TypeError: an argument's type does not fit, or the dtype is not floating point.
         ValueError: no such activation; the message lists them.
 
     Saved for backward: y for relu, leaky_relu, sigmoid and tanh, x by reference for the others.
     """
     _checks.require_tensor(name, "input", input)
+    _checks.require_number(name, "negative_slope", negative_slope)
     return _activation(input, name, negative_slope, _dispatch.choose_backend(input))
 
 
@@ -120,6 +121,7 @@ _activation_backward = _dispatch.define(
 
 
 def _explain(name: str, input: torch.Tensor, negative_slope: float) -> tuple[torch.Tensor, Any]:
+    _checks.require_tensor(name, "input", input)
     _check(input, name)
 
     def steps(backend: str) -> list[tuple[str, str]]:

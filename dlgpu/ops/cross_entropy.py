@@ -47,7 +47,7 @@ def cross_entropy(
         IndexError: a target is no class, on the CPU. On a GPU that would need a synchronization: there the row's loss and
             gradient are NaN, and under dlgpu.debug(True) it is this error.
         RuntimeError, ValueError: a shape, device or option does not fit.
-        TypeError: a dtype does not fit.
+        TypeError: an argument's type or dtype does not fit.
 
     Saved for backward: the logits by reference, and two float32 a row (the maximum and the sum of exponentials). Backward
     recomputes the probabilities: 2 reads and 1 write of the logits in all.
@@ -59,6 +59,10 @@ def cross_entropy(
     """
     _checks.require_tensor("cross_entropy", "input", input)
     _checks.require_tensor("cross_entropy", "target", target)
+    if weight is not None:
+        _checks.require_tensor("cross_entropy", "weight", weight)
+    _checks.require_integer("cross_entropy", "ignore_index", ignore_index)
+    _checks.require_number("cross_entropy", "label_smoothing", label_smoothing)
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     backend = _dispatch.choose_backend(input)
@@ -360,6 +364,7 @@ _cross_entropy_backward = _dispatch.define(
 
 @_dispatch.explains("cross_entropy")
 def _explain(input: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
+    _checks.require_tensor("cross_entropy", "input", input)
     C = input.shape[-1] if input.dim() == 1 else input.shape[1]
 
     def steps(backend: str) -> list[tuple[str, str]]:

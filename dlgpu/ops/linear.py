@@ -40,7 +40,7 @@ def linear(
 
     Raises:
         RuntimeError: a shape or device does not fit.
-        TypeError: a dtype does not fit.
+        TypeError: an argument's type or dtype does not fit.
         ValueError: no such activation; the message lists them.
 
     Saved for backward: x and w by reference, and y for relu, leaky_relu, sigmoid and tanh, z = x w^T + b for gelu,
@@ -53,6 +53,10 @@ def linear(
     tensor([[0., 1.]])
     """
     _checks.require_tensor("linear", "input", input)
+    _checks.require_tensor("linear", "weight", weight)
+    if bias is not None:
+        _checks.require_tensor("linear", "bias", bias)
+    _checks.require_number("linear", "negative_slope", negative_slope)
     return _linear(input, weight, bias, activation, negative_slope, _dispatch.choose_backend(input))
 
 
@@ -136,7 +140,9 @@ def _shaped(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if input.dim() != 2:
         shape = (*input.shape[:-1], y.shape[1])
-        y, z = y.view(shape), None if z is None else z.view(shape)
+        # A result that autograd knows as a view may not be modified in place.
+        y = torch.ops.aten._unsafe_view.default(y, shape)
+        z = None if z is None else z.view(shape)
     return y, y.new_empty(0) if z is None else z
 
 
@@ -360,6 +366,8 @@ def _explain(
     activation: str | None = None,
     negative_slope: float = 0.01,
 ) -> tuple[torch.Tensor, Any]:
+    _checks.require_tensor("linear", "input", input)
+    _checks.require_tensor("linear", "weight", weight)
     _check(input, weight, bias, activation)
     (N, K), M = weight.shape, input.shape[:-1].numel()
 
@@ -377,14 +385,19 @@ def _explain(
             ]
         limits = _triton.device_limits(input.device)[:2]
 
-        def product(columns: int, over: int) -> str:
-            return str(configs.linear_tile(*limits, input.dtype, columns, over) or configs.NO_LINEAR_TILE)
+        aligned = N % 16 == 0 and K % 16 == 0
 
+        def product(columns: int) -> str:
+            return str(configs.linear_tile(*limits, input.dtype, columns, aligned) or configs.NO_LINEAR_TILE)
+
+        # What a training step launches; without activation and bias there is no pass for dZ.
+        dz = [("_linear_dz_kernel", f"{configs.linear_dz_tile(input.dtype, N)}; saved: {saves}")]
         return [
-            ("_linear_kernel (y)", product(N, K)),
-            ("_linear_dz_kernel", f"{configs.linear_dz_tile(input.dtype, N)}; saved: {saves}"),
-            ("_linear_kernel (dx)", product(K, N)),
-            ("_linear_kernel (dw)", product(K, M)),
+            ("_linear_kernel (y)", product(N)),
+            *(dz if saves or bias is not None else []),
+            *([("_column_sum_kernel", "adds the strips' sums into db")] if bias is not None else []),
+            ("_linear_kernel (dx)", product(K)),
+            ("_linear_kernel (dw)", product(K)),
         ]
 
     return input, steps
