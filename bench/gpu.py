@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import byte_model
-from .harness import Function, Stop, time_one
+from .harness import Function, Stop, Timer, time_one
 from .providers import PROVIDERS, Case, Provider, adam, compiled, cross_entropy, linear
 from .suite import Context, Job, Row, compare, wrong_row
 
@@ -20,7 +20,8 @@ __all__ = ["CudaTimer", "gpu_jobs"]
 FLUSH = 3
 # A clock's tick and the spread of the ceiling itself.
 IMPOSSIBLE = 1.05
-COPY, MATMUL = "copy, bytes read and written", "bf16 matmul, 8192 cubed"
+MATMUL_SIZE = 8192
+COPY, MATMUL = "copy, bytes read and written", f"bf16 matmul, {MATMUL_SIZE} cubed"
 
 
 class CudaTimer:
@@ -60,6 +61,20 @@ def _flusher() -> Callable[[], object]:
     return torch.empty(max(nbytes, 1 << 20), dtype=torch.uint8, device="cuda").zero_
 
 
+# What asks the device, so that tests can run all else without one.
+def device_timer() -> Timer:
+    return CudaTimer()
+
+
+def free_memory() -> int:
+    free: int = torch.cuda.mem_get_info()[0]
+    return free
+
+
+def synchronize() -> None:
+    torch.cuda.synchronize()
+
+
 def _ceiling(name: str, unit: str, amount: float, samples: tuple[float, ...]) -> Row:
     """`amount` of work in each sample, at the median."""
     ordered = sorted(samples)
@@ -75,11 +90,11 @@ def _ceiling(name: str, unit: str, amount: float, samples: tuple[float, ...]) ->
 
 def _copy(context: Context, share: float) -> Iterator[Row]:
     """Copy bandwidth, and what it makes of the byte counts."""
-    count = min(1 << 30, torch.cuda.mem_get_info()[0] // 8)
+    count = min(1 << 30, free_memory() // 8)
     # Random, since data that compresses well flatters some cards.
-    x = torch.randint(0, 256, (count,), dtype=torch.uint8, device="cuda")
+    x = torch.randint(0, 256, (count,), dtype=torch.uint8, device=context.device)
     y = torch.empty_like(x)
-    samples = time_one(lambda: y.copy_(x), stop=_stop(share), timer=CudaTimer())
+    samples = time_one(lambda: y.copy_(x), stop=_stop(share), timer=device_timer())
     row = _ceiling(COPY, "B/s", 2 * count, samples)
     yield row
     for counted in [row for row in context.rows if row["kind"] == "count"]:
@@ -95,21 +110,21 @@ def _copy(context: Context, share: float) -> Iterator[Row]:
 
 def _matmul(context: Context, share: float) -> Iterator[Row]:
     # On zeros a GPU draws less power and clocks higher.
-    a, b = (torch.randn(8192, 8192, device="cuda").to(torch.bfloat16) for _ in range(2))
-    samples = time_one(lambda: a @ b, stop=_stop(share), timer=CudaTimer())
-    yield _ceiling(MATMUL, "FLOP/s", 2 * 8192**3, samples)
+    a, b = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=context.device).to(torch.bfloat16) for _ in range(2))
+    samples = time_one(lambda: a @ b, stop=_stop(share), timer=device_timer())
+    yield _ceiling(MATMUL, "FLOP/s", 2 * MATMUL_SIZE**3, samples)
 
 
 def _launch(context: Context, share: float) -> Iterator[Row]:
     """How fast the host launches small kernels, one after another."""
-    x, count = torch.zeros(1, device="cuda"), 1000
+    x, count = torch.zeros(1, device=context.device), 1000
 
     def timer(function: Function, repeats: int) -> float:
-        torch.cuda.synchronize()
+        synchronize()
         start = time.perf_counter()
         for _ in range(repeats):
             function()
-        torch.cuda.synchronize()
+        synchronize()
         return time.perf_counter() - start
 
     def launches() -> None:
@@ -125,7 +140,7 @@ def _stop(share: float) -> Stop:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Headline:
+class Headline:
     """A case, the model that counts its bytes, and what it is compared with."""
 
     case: Case
@@ -133,10 +148,10 @@ class _Headline:
     rivals: tuple[Callable[[], Provider], ...]
 
 
-def _headlines() -> list[_Headline]:
+def headlines() -> list[Headline]:
     """At the sizes of the byte counts; smaller where the card has not the memory for the float64 truth."""
     half = torch.bfloat16
-    free = torch.cuda.mem_get_info()[0]
+    free = free_memory()
     rows = 8192 if free > 64 << 30 else 1024
     params = 10**9 if free > 100 << 30 else free // 256
     torch_eager = PROVIDERS["torch"]
@@ -153,18 +168,18 @@ def _headlines() -> list[_Headline]:
         return compiled(torch_eager)
 
     return [
-        _Headline(cross_entropy(rows, 128256, half), "cross_entropy", (eager, inductor)),
-        _Headline(linear(rows, 14336, 4096, "gelu", half, backward=False), "linear", (eager, inductor)),
-        _Headline(linear(rows, 14336, 4096, "gelu", half), "linear_training", (eager, inductor)),
-        _Headline(adam([(params,)], note="one tensor"), "adam", (eager, fused)),
+        Headline(cross_entropy(rows, 128256, half), "cross_entropy", (eager, inductor)),
+        Headline(linear(rows, 14336, 4096, "gelu", half, backward=False), "linear", (eager, inductor)),
+        Headline(linear(rows, 14336, 4096, "gelu", half), "linear_training", (eager, inductor)),
+        Headline(adam([(params,)], note="one tensor"), "adam", (eager, fused)),
     ]
 
 
 def _throughput(
-    headline: _Headline, rival: Callable[[], Provider]
+    headline: Headline, rival: Callable[[], Provider]
 ) -> Callable[[Context, float], Iterator[Row]]:
     def run(context: Context, share: float) -> Iterator[Row]:
-        for row in compare(context, "gpu", headline.case, PROVIDERS["dlgpu"], rival(), share, CudaTimer()):
+        for row in compare(context, "gpu", headline.case, PROVIDERS["dlgpu"], rival(), share, device_timer()):
             yield annotate(row, headline.case, headline.model, context)
         # Not left to the next job, which may need the memory.
         torch.cuda.empty_cache()
@@ -197,7 +212,7 @@ def gpu_jobs() -> list[Job]:
         Job("ceilings", "bf16 matmul", _matmul, weight=0.5),
         Job("ceilings", "launches", _launch, weight=0.3),
     ]
-    for headline in _headlines():
+    for headline in headlines():
         for rival in headline.rivals:
             # Compiling, and the float64 truth.
             jobs.append(Job("gpu", headline.case.title, _throughput(headline, rival), weight=1, fixed_s=8))

@@ -38,6 +38,8 @@ KERNEL_STEPS = 10
 TRAINING_SHARE = 0.3
 # The length of the loss curve whose distance from float64's is told.
 CURVE_STEPS = 100
+# At least this much of what is left is for timing.
+TIMING_SHARE = 0.3
 # Below this a share of the budget measures nothing.
 LEAST_SHARE_S = 0.05
 
@@ -295,7 +297,8 @@ def run(jobs: list[Job], context: Context, results: Results, budget_s: float, de
             context.console.section(section, _main_kind(section))
         left = budget_s - (clock() - start)
         rest = jobs[i:]
-        for_timing = left - sum(other.fixed_s for other in rest)
+        # Under a short budget the fixed parts at the end are what is left out.
+        for_timing = max(left - sum(other.fixed_s for other in rest), TIMING_SHARE * left)
         share = for_timing * job.weight / sum(other.weight for other in rest) if job.weight else left
 
         def progress(part: float, i: int = i, job: Job = job) -> None:

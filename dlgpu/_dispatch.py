@@ -198,7 +198,10 @@ class Op:
     __slots__ = ("_autograd", "_implementations", "overload")
 
     def __init__(
-        self, overload: Any, implementations: dict[str, Callable[..., Any]], autograd: Callable[..., Any] | None
+        self,
+        overload: Any,
+        implementations: dict[str, Callable[..., Any]],
+        autograd: Callable[..., Any] | None,
     ) -> None:
         self.overload = overload
         self._implementations = implementations

@@ -101,7 +101,8 @@ class Adam(torch.optim.Adam):
             f"torch.optim.{type(self).__name__}"
         )
 
-    @torch.compiler.disable
+    # torch.compiler.disable would import Dynamo here, this does at the first call.
+    @torch._disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient.
 

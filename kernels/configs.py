@@ -59,11 +59,15 @@ def linear_tile(
     """
     if dtype is torch.float32:
         # IEEE float32 has no matrix instruction: registers hold the whole product, and a larger tile spills.
-        return MatmulTile(64, 64, 32, 8, 4, 3 if shared_memory >= 96 * 1024 else 2, "float32 products in registers")
+        return MatmulTile(
+            64, 64, 32, 8, 4, 3 if shared_memory >= 96 * 1024 else 2, "float32 products in registers"
+        )
     if capability < 80:
         return None
     if not aligned:
-        return MatmulTile(64, 64, 32, 8, 8, 2, "rows not aligned: 2-byte accesses, an address each, spill in larger tiles")
+        return MatmulTile(
+            64, 32, 32, 8, 4, 2, "rows not aligned: 2-byte accesses, whose addresses spill in larger tiles"
+        )
     if N <= 1024:
         return MatmulTile(64, 64, 64, 8, 4, 4, "few columns: small tiles, to fill the chip")
     return MatmulTile(128, 128, 64, 8, 8, 3, "many columns")

@@ -153,9 +153,7 @@ def _cross_entropy_bwd_kernel(
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    rows, target, live, _, coefficient = _rows(
-        target_ptr, weight_ptr, N, C, ignore_index, smoothing, BLOCK_M
-    )
+    rows, target, live, _, coefficient = _rows(target_ptr, weight_ptr, N, C, ignore_index, smoothing, BLOCK_M)
     g = tl.load(dloss_ptr + rows * stride_dloss, mask=rows < N, other=0.0).to(tl.float32)
     if denominator_ptr is not None:
         g = g / tl.load(denominator_ptr)

@@ -95,7 +95,9 @@ def linear_case(
     return Case(name, linear._linear_kernel, args, options, matrix, wide, wide_stores=aligned)
 
 
-def dz_case(dtype: torch.dtype, M: int, N: int, activation: str | None, dz: bool = True, db: bool = True) -> Case:
+def dz_case(
+    dtype: torch.dtype, M: int, N: int, activation: str | None, dz: bool = True, db: bool = True
+) -> Case:
     """The pass that makes dZ and its column sums."""
     tile = configs.linear_dz_tile(dtype, N)
     args = {
@@ -123,7 +125,14 @@ def dz_case(dtype: torch.dtype, M: int, N: int, activation: str | None, dz: bool
 def column_sum_case(dtype: torch.dtype, N: int) -> Case:
     """The small launch that adds the strips' sums."""
     args = {"partial_ptr": FP32, "out_ptr": dtype, "S": 128, "N": N, "BLOCK_S": 32, "BLOCK_N": 32}
-    return Case(f"column sum {dtype} {N}", linear._column_sum_kernel, args, {"num_warps": 4}, wide=False, wide_stores=False)
+    return Case(
+        f"column sum {dtype} {N}",
+        linear._column_sum_kernel,
+        args,
+        {"num_warps": 4},
+        wide=False,
+        wide_stores=False,
+    )
 
 
 def activation_cases(dtype: torch.dtype, activation: str) -> list[Case]:
@@ -148,7 +157,14 @@ def cross_entropy_cases(
     options = {"num_warps": tile.num_warps}
     w = dtype if weight else None
     wide = C % 16 == 0
-    shared = {"x_ptr": dtype, "target_ptr": torch.int64, "weight_ptr": w, "N": 8192, "C": C, "ignore_index": -100}
+    shared = {
+        "x_ptr": dtype,
+        "target_ptr": torch.int64,
+        "weight_ptr": w,
+        "N": 8192,
+        "C": C,
+        "ignore_index": -100,
+    }
     rows = {
         **shared,
         "weight_sum_ptr": FP32 if weight and smooth else None,
@@ -177,8 +193,22 @@ def cross_entropy_cases(
     }
     name = f"{dtype} C={C} weight={weight} smooth={smooth} mean={mean}"
     return [
-        Case(f"cross-entropy fwd {name}", cross_entropy._cross_entropy_fwd_kernel, fwd, options, wide=wide, wide_stores=False),
-        Case(f"cross-entropy bwd {name}", cross_entropy._cross_entropy_bwd_kernel, bwd, options, wide=wide, wide_stores=wide),
+        Case(
+            f"cross-entropy fwd {name}",
+            cross_entropy._cross_entropy_fwd_kernel,
+            fwd,
+            options,
+            wide=wide,
+            wide_stores=False,
+        ),
+        Case(
+            f"cross-entropy bwd {name}",
+            cross_entropy._cross_entropy_bwd_kernel,
+            bwd,
+            options,
+            wide=wide,
+            wide_stores=wide,
+        ),
         Case(
             f"cross-entropy reduce {name}",
             cross_entropy._cross_entropy_reduce_kernel,
@@ -218,9 +248,13 @@ def everything(capability: int) -> Iterator[Case | None]:
         for precision in precisions:
             for N, K in itertools.product((256, 250, 4096, 4095, 4088), (4096, 4095)):
                 for activation, bias, save_z in itertools.product(names, (False, True), (False, True)):
-                    if save_z and (activation is None or activations.saved_for_backward(activation, 0.01) == "y"):
+                    if save_z and (
+                        activation is None or activations.saved_for_backward(activation, 0.01) == "y"
+                    ):
                         continue
-                    yield linear_case(capability, dtype, "fwd", 8192, N, K, activation, bias, save_z, precision)
+                    yield linear_case(
+                        capability, dtype, "fwd", 8192, N, K, activation, bias, save_z, precision
+                    )
                 for product in ("dx", "dw"):
                     yield linear_case(capability, dtype, product, 4096, N, K, precision=precision)
                     yield linear_case(capability, dtype, product, 4095, N, K, precision=precision)

@@ -23,6 +23,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     # Read when kernels are defined, and torch may import Triton by itself at any time.
     os.environ["TRITON_INTERPRET"] = "1"
+else:
+    # Without it cuBLAS warns of itself under `poisoned`, which asks for deterministic algorithms.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 if WORKER:
     torch.set_num_threads(1)
 

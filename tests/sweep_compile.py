@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pytest
+
 from test_compile import CAPABILITIES, compile_cases, faults
 
 

@@ -110,6 +110,8 @@ TABLE = [
     # Targets that are no class.
     (F.cross_entropy, (X, T + 1), {}, IndexError, "target 3 of row 1 is out of bounds for 3 classes"),
     (F.cross_entropy, (X, T - 1), {}, IndexError, "target -1 of row 0 is out of bounds for 3 classes"),
+    # Torch has no gradient for the weight either, and drops none in silence.
+    (F.cross_entropy, (X, T, X[0].clone().requires_grad_()), {}, RuntimeError, "weight requires a gradient"),
     # Options.
     (F.linear, (X, W), {"activation": "rulu"}, ValueError, f"activation: got 'rulu', expected {ACTIVATIONS}"),
     (F.linear, (X, W), {"activation": ["relu"]}, ValueError, r"activation: got \['relu'\], expected"),
@@ -218,12 +220,12 @@ def test_bad_input(backend, device, row):
 
 
 @pytest.mark.parametrize("function", [lambda x: F.linear(x, x), F.relu, lambda x: F.cross_entropy(x, T)])
-def test_the_triton_backend_names_what_it_takes(function):
+def test_the_triton_backend_names_what_it_takes(device, function):
     with (
         use_backend("triton"),
         pytest.raises(TypeError, match=r"float32, bfloat16, float16, not torch\.float64"),
     ):
-        function(torch.ones(2, 2, dtype=torch.float64))
+        function(torch.ones(2, 2, dtype=torch.float64, device=device))
 
 
 def test_bad_input_needs_no_launch(launches, device):

@@ -190,6 +190,44 @@ def test_a_rate_above_the_ceiling_is_impossible():
     assert "impossible" in impossible["detail"]
 
 
+def test_the_gpu_part_but_for_the_gpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "device_timer", harness.CpuTimer)
+    monkeypatch.setattr(gpu, "synchronize", lambda: None)
+    monkeypatch.setattr(gpu, "free_memory", lambda: 1 << 20)
+    monkeypatch.setattr(gpu, "MATMUL_SIZE", 64)
+    real = gpu.headlines()
+    assert [(h.case.op, len(h.rivals)) for h in real] == [
+        ("cross_entropy", 2),
+        ("linear + gelu", 2),
+        ("linear + gelu", 2),
+        ("adam", 2),
+    ]
+    small = [
+        gpu.Headline(providers.cross_entropy(6, 11), "cross_entropy", real[0].rivals[:1]),
+        gpu.Headline(providers.linear(5, 7, 3, "gelu"), "linear_training", real[1].rivals[:1]),
+        gpu.Headline(providers.adam([(3, 4), (5,)]), "adam", real[3].rivals),
+    ]
+    monkeypatch.setattr(gpu, "headlines", lambda: small)
+    monkeypatch.setattr(interpreted, "run", fake_interpreter)
+    # One byte each, so that nothing is impossible.
+    monkeypatch.setattr(byte_model, "total", lambda *args: 1)
+    jobs = [job for job in suite.plan("cuda") if job.section != "digits"]
+    status, document, markdown = run_jobs(tmp_path, monkeypatch, jobs, "--budget", "12")
+    rows = document["rows"]
+    assert status == 0
+    assert [row["kind"] for row in rows] == ["count"] * 4 + ["ceiling"] + ["bound"] * 4 + ["ceiling"] * 2 + [
+        "timing"
+    ] * 4
+    for row in rows:
+        assert set(row) - {"section", "kind", "at_s"} <= documented_keys(row["kind"])
+    timings = rows[-4:]
+    assert [row["b"] for row in timings] == ["torch", "torch", "torch", "torch fused=True"]
+    assert all(row["bytes_per_s"] > 0 for row in timings)
+    assert timings[1]["flops_per_s"] > 0
+    assert "MODEL: adam" in markdown
+    assert "against torch fused=True" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "case",
     [

@@ -104,10 +104,35 @@ def test_every_op_has_a_sample():
     assert {f"dlgpu::{op.__name__}" for op, _ in op_samples("fallback", "cpu")} == known
 
 
+@pytest.mark.parametrize("backend", ["fallback", "triton", "torch"])
 @pytest.mark.parametrize("sample", range(len(op_samples("fallback", "cpu"))))
 def test_opcheck(backend, device, sample):
     op, args = op_samples(backend, device)[sample]
     torch.library.opcheck(op.default, args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_torchs_own_operations(device, dtype):
+    """The third implementation of each op, for CUDA tensors that no kernel takes: float64, bfloat16 on old GPUs."""
+    x, w, b = (inputs(*shape, device=device, dtype=dtype) for shape in ((2, 5, 3), (4, 3), (4,)))
+    for name in (None, *ACTIVATIONS):
+        assert_conforms(
+            lambda x, w, b, name=name: torch.ops.dlgpu.linear(x, w, b, name, -0.5, "torch"),
+            lambda x, w, b, name=name: lookup(name).eager(F.linear(x, w, b), -0.5),
+            [x, w, b],
+        )
+    for name in ACTIVATIONS:
+        assert_conforms(
+            lambda x, name=name: torch.ops.dlgpu.activation(x, name, 0.3, "torch"),
+            lambda x, name=name: lookup(name).eager(x, 0.3),
+            [x],
+        )
+    for reduction in ("mean", "none"):
+        assert_conforms(
+            lambda x, t, r=reduction: torch.ops.dlgpu.cross_entropy(x, t, None, r, 1, 0.1, "torch"),
+            lambda x, t, r=reduction: F.cross_entropy(x, t, reduction=r, ignore_index=1, label_smoothing=0.1),
+            [x[0], targets(5, 3, device)],
+        )
 
 
 @pytest.fixture
@@ -202,7 +227,7 @@ def backend_of(tensor=None):
     return dlgpu.explain("relu", torch.ones(2) if tensor is None else tensor).backend
 
 
-def test_use_backend_nests_and_is_restored_by_an_error():
+def test_use_backend_nests_and_is_restored_by_an_error(device):
     with dlgpu.use_backend("triton"):
         assert backend_of(torch.ones(2, device="meta")) == "triton"
         with contextlib.suppress(ZeroDivisionError), dlgpu.use_backend("fallback"):
@@ -211,7 +236,7 @@ def test_use_backend_nests_and_is_restored_by_an_error():
                 assert backend_of() == "fallback"
             raise ZeroDivisionError
         with pytest.raises(TypeError, match="float64"):
-            backend_of(torch.ones(2, dtype=torch.float64))
+            backend_of(torch.ones(2, dtype=torch.float64, device=device))
     assert backend_of() == "fallback"
 
 
@@ -373,7 +398,9 @@ def test_explain(backend, device, launches, op):
     result.backward(torch.ones_like(result))
     if backend == "triton":
         assert [name.split()[0] for name, _ in explanation.steps] == [name for name, *_ in launches]
-        assert all(what for _, what in explanation.steps)
+        for (_, what), (*_, meta) in zip(explanation.steps, launches, strict=True):
+            assert what
+            assert "block_m=" not in what or f"block_m={meta['BLOCK_M']}, " in what
 
 
 def test_explain_knows_every_public_function():

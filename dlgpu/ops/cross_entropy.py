@@ -184,6 +184,48 @@ def _statistics_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
+def _safe_rows(
+    x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, ignore_index: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(a class for each row, which rows count, their w_t: NaN where the target is no class).
+
+    torch's own functions stop a GPU, for the rest of the process, at a target that is no class.
+    """
+    live = target != ignore_index
+    known = live & (target >= 0) & (target < x.shape[1])
+    classes = torch.where(known, target, 0)
+    row_weight = torch.ones_like(target, dtype=_statistics_dtype(x)) if weight is None else weight[classes]
+    return classes, live, torch.where(known, row_weight, torch.where(live, torch.nan, 0.0))
+
+
+def _eager_loss(
+    x: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+) -> torch.Tensor:
+    """The loss from torch's own functions, differentiable any number of times."""
+    classes, live, row_weight = _safe_rows(x, target, weight, ignore_index)
+    wide = x.to(_statistics_dtype(x))
+    losses = F.cross_entropy(
+        wide,
+        classes,
+        None if weight is None else weight.to(wide.dtype),
+        reduction="none",
+        label_smoothing=label_smoothing,
+        # No class: every row is computed, and then counts or not.
+        ignore_index=-1,
+    )
+    losses = torch.where(live, torch.where(row_weight.isnan(), torch.nan * losses, losses), 0.0)
+    if reduction != "none":
+        losses = losses.sum()
+    if reduction == "mean":
+        losses = losses / row_weight.nansum(dtype=wide.dtype)
+    return losses.to(x.dtype)
+
+
 def _fwd_eager(
     x: torch.Tensor,
     target: torch.Tensor,
@@ -195,17 +237,9 @@ def _fwd_eager(
     """torch's own, which keeps no statistics: backward recomputes them."""
     _check(x, target, weight, reduction, label_smoothing)
     _check_classes(x, target, ignore_index)
-    loss = F.cross_entropy(
-        x,
-        target,
-        weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-    )
     kept = _statistics_dtype(x)
     return (
-        loss,
+        _eager_loss(x, target, weight, reduction, ignore_index, label_smoothing),
         x.new_zeros((2, x.shape[0]), dtype=kept),
         x.new_zeros(0 if reduction == "none" else 1, dtype=kept),
     )
@@ -266,17 +300,19 @@ def _bwd_eager(
     ignore_index: int,
     label_smoothing: float,
 ) -> torch.Tensor:
-    with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
-        loss = F.cross_entropy(
-            leaf,
-            target,
-            weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-        )
-        return torch.autograd.grad(loss, leaf, dloss)[0]
+    classes, live, row_weight = _safe_rows(x, target, weight, ignore_index)
+    wide = x.to(_statistics_dtype(x))
+    g = dloss.to(wide.dtype)
+    if reduction == "mean":
+        g = g / row_weight.nansum(dtype=wide.dtype)
+    g = torch.where(live, g, 0.0)
+    hit = (1 - label_smoothing) * row_weight * g
+    weights = torch.ones_like(wide[0]) if weight is None else weight.to(wide.dtype)
+    uniform = label_smoothing / x.shape[1] * g
+    dx = torch.softmax(wide, 1) * (hit + uniform * weights.sum())[:, None] - uniform[:, None] * weights
+    is_target = classes[:, None] == torch.arange(x.shape[1], device=x.device)
+    dx = torch.where(is_target, dx - hit[:, None], dx)
+    return torch.where(live[:, None], dx, 0.0).to(x.dtype)
 
 
 def _bwd_fake(dloss: torch.Tensor, x: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -308,17 +344,9 @@ class CrossEntropyFunction(torch.autograd.Function):
     def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, target, weight, stats, denominator = ctx.saved_tensors
         if torch.is_grad_enabled():
-            reduction, ignore_index, label_smoothing = ctx.options
 
             def eager(x: torch.Tensor) -> torch.Tensor:
-                return F.cross_entropy(
-                    x,
-                    target,
-                    weight,
-                    ignore_index=ignore_index,
-                    reduction=reduction,
-                    label_smoothing=label_smoothing,
-                )
+                return _eager_loss(x, target, weight, *ctx.options)
 
             (dx,) = _dispatch.differentiable_vjp(eager, (x,), (True,), dloss)
         else:
@@ -328,10 +356,15 @@ class CrossEntropyFunction(torch.autograd.Function):
         return dx, None, None, None, None, None, None
 
 
-def _cross_entropy_autograd(x: torch.Tensor, *rest: Any) -> torch.Tensor:
-    if torch.is_grad_enabled() and x.requires_grad:
-        return CrossEntropyFunction.apply(x, *rest)
-    return _cross_entropy.below(x, *rest)
+def _cross_entropy_autograd(
+    x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, *options: Any
+) -> torch.Tensor:
+    if torch.is_grad_enabled():
+        if weight is not None and weight.requires_grad:
+            raise RuntimeError("cross_entropy: weight requires a gradient, which it has none of; detach it")
+        if x.requires_grad:
+            return CrossEntropyFunction.apply(x, target, weight, *options)
+    return _cross_entropy.below(x, target, weight, *options)
 
 
 _cross_entropy = _dispatch.define(

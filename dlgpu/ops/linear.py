@@ -369,7 +369,7 @@ def _explain(
     _checks.require_tensor("linear", "input", input)
     _checks.require_tensor("linear", "weight", weight)
     _check(input, weight, bias, activation)
-    (N, K), M = weight.shape, input.shape[:-1].numel()
+    N, K = weight.shape
 
     def steps(backend: str) -> list[tuple[str, str]]:
         saves = saved_for_backward(activation, negative_slope)
