@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import dlgpu.functional
 from dlgpu.kernels import _triton
 from dlgpu.kernels import cross_entropy as kernels
+from dlgpu.ops.cross_entropy import _eager_loss
 from tolerance import DTYPES, LAYOUTS, PAIRS, assert_accurate, assert_conforms, assert_same_bits, run
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -164,6 +165,9 @@ def test_an_ignored_row_counts_nowhere(backend, device, value, reduction, smooth
     cross_entropy = functools.partial(dlgpu.functional.cross_entropy, **options)
     loss, dx = run(cross_entropy, [x, target], torch.ones_like)
     assert (dx[2] == 0).all()
+    leaf = x.clone().requires_grad_()
+    again = torch.autograd.grad(cross_entropy(leaf, target).sum(), leaf, create_graph=True)
+    assert (again[0][2] == 0).all()
     if reduction == "none":
         assert loss[2] == 0
         loss = loss[keep]
@@ -368,6 +372,36 @@ def test_a_target_out_of_range_in_the_launcher(device, dtype, weighted, smoothin
     # And the mean of them is NaN, never a number that leaves the row out.
     loss, *_ = kernels.cross_entropy_fwd(x, target, weight, "mean", -100, smoothing)
     assert loss.isnan()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_target_out_of_range_in_torchs_own_functions(device, weighted, smoothing):
+    """The same where they stand in for the kernels, for float64 and for second derivatives: by themselves they would stop
+    a GPU. And an ignored row counts nowhere there either."""
+    x, target = sample(6, 7, torch.float64, device)
+    weight = torch.rand(7, dtype=torch.float64, device=device) if weighted else None
+    x[4], target[4] = NAN, -100
+    good, bad = torch.tensor([0, 2, 5], device=device), torch.tensor([1, 3], device=device)
+    options = ("none", -100, smoothing)
+
+    def gradients(target):
+        leaf = x.clone().requires_grad_()
+        loss = _eager_loss(leaf, target, weight, *options)
+        dloss, stats = torch.ones_like(loss), x.new_zeros(2, 6)
+        own = torch.ops.dlgpu.cross_entropy_backward(
+            dloss, x, target, weight, stats, stats, *options, "torch"
+        )
+        return loss.detach(), torch.autograd.grad(loss, leaf, dloss)[0], own
+
+    expected = gradients(target)
+    target[bad] = torch.tensor([7, -1], device=device)
+    for a, e in zip(gradients(target), expected, strict=True):
+        assert a[bad].isnan().all()
+        assert (a[4] == 0).all()
+        assert_same_bits([a[good]], [e[good]])
+        assert e[bad].isfinite().all()
+    assert _eager_loss(x, target, weight, "mean", -100, smoothing).isnan()
 
 
 def _launch(x, target, weight, smoothing):

@@ -77,8 +77,13 @@ def _update(
     if coupled:
         g = g + p * coupled
     t = np.subtract(g, m)
-    np.multiply(t, 1 - beta1, out=t)
-    np.add(m, t, out=m)
+    # torch.lerp: from whichever end is nearer, so that b1 = 0 gives g itself.
+    if beta1 > 0.5:
+        np.multiply(t, 1 - beta1, out=t)
+        np.add(m, t, out=m)
+    else:
+        np.multiply(t, beta1, out=t)
+        np.subtract(g, t, out=m)
     np.multiply(g, g, out=t)
     np.multiply(t, 1 - beta2, out=t)
     np.multiply(v, beta2, out=v)

@@ -208,7 +208,8 @@ def _eager_loss(
 ) -> torch.Tensor:
     """The loss from torch's own functions, differentiable any number of times."""
     classes, live, row_weight = _safe_rows(x, target, weight, ignore_index)
-    wide = x.to(_statistics_dtype(x))
+    # An ignored row's logits are not looked at, or its gradient would be NaN where they are.
+    wide = torch.where(live[:, None], x.to(_statistics_dtype(x)), 0.0)
     losses = F.cross_entropy(
         wide,
         classes,
@@ -218,7 +219,8 @@ def _eager_loss(
         # No class: every row is computed, and then counts or not.
         ignore_index=-1,
     )
-    losses = torch.where(live, torch.where(row_weight.isnan(), torch.nan * losses, losses), 0.0)
+    counts = torch.where(live, 1.0, 0.0).to(losses.dtype)
+    losses = losses * torch.where(row_weight.isnan(), row_weight, counts).to(losses.dtype)
     if reduction != "none":
         losses = losses.sum()
     if reduction == "mean":
