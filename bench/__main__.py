@@ -38,6 +38,7 @@ def _positive(text: str) -> float:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command line."""
     found = _Parser(
         prog="dlgpu-bench",
         description="Compares dlgpu with torch on this machine: on a CPU the NumPy fallback's speed and the bytes that a "

@@ -63,15 +63,18 @@ def _flusher() -> Callable[[], object]:
 
 # What asks the device, so that tests can run all else without one.
 def device_timer() -> Timer:
+    """The timer of the device's own clock."""
     return CudaTimer()
 
 
 def free_memory() -> int:
+    """Bytes free on the device."""
     free: int = torch.cuda.mem_get_info()[0]
     return free
 
 
 def synchronize() -> None:
+    """Waits for the device."""
     torch.cuda.synchronize()
 
 

@@ -165,6 +165,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def row_title(row: dict[str, Any]) -> str:
+    """A row's op, passes, sizes and note, in a line."""
     sizes = " ".join(f"{name}={size}" for name, size in row["shape"].items())
     note = f", {row['note']}" if row.get("note") else ""
     return f"{row['op']} {row['passes']} {sizes}{note}"
@@ -272,6 +273,7 @@ def markdown(document: dict[str, Any]) -> str:
 
 
 def notes(rows: list[dict[str, Any]]) -> list[str]:
+    """How to read the kinds of rows that there are."""
     kinds = {row["kind"] for row in rows}
     return [note for kind, note in (("timing", RATIO_NOTE), ("count", COUNT_NOTE)) if kind in kinds]
 

@@ -122,6 +122,7 @@ def time_calls(
 
 
 def wrong_row(section: str, title: str, provider: str, detail: str) -> Row:
+    """The row of a provider whose results were wrong, and so was not timed."""
     return {"section": section, "kind": "wrong", "title": title, "provider": provider, "detail": detail}
 
 
@@ -167,6 +168,7 @@ def _train(context: Context, share: float) -> Iterator[Row]:
 
 
 def largest_difference(short: Any, long: Any) -> float:
+    """Between two loss curves, as far as the shorter one goes."""
     return max(abs(x - y) for x, y in zip(short, long, strict=False))
 
 

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.library import Library, register_fake
 
 from dlgpu.kernels import _triton
 
@@ -40,7 +41,7 @@ __all__ = [
 BACKENDS = ("auto", "triton", "fallback")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_library = torch.library.Library("dlgpu", "DEF")
+_library = Library("dlgpu", "DEF")
 
 
 def _valid(name: str, source: str) -> str:
@@ -150,7 +151,7 @@ def define(
     """Defines op `dlgpu::<name>`.
 
     Args:
-        schema: as torch.library takes it; the last argument must be `str backend`.
+        schema: as torch's Library takes it; the last argument must be `str backend`.
         triton, fallback, eager: implementations on tensors, without the argument `backend`; `eager` is torch's own.
         fake: shapes and dtypes for tracing, with all arguments.
         autograd: what to run at the Autograd key, with all arguments; it ends in `Op.below`.
@@ -165,7 +166,7 @@ def define(
 
     _library.impl(name, run, "CPU")
     _library.impl(name, run, "CUDA")
-    torch.library.register_fake(f"dlgpu::{name}", fake, lib=_library)
+    register_fake(f"dlgpu::{name}", fake, lib=_library)
     op = getattr(torch.ops.dlgpu, name).default
     if autograd is not None:
         _library.impl(name, autograd, "Autograd")
@@ -179,12 +180,8 @@ _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), str, float, in
 
 
 def _plain(args: tuple[Any, ...]) -> bool:
-    """Whether no tracing, transform or tensor subclass wants to see a call with these arguments."""
-    return (
-        _PLAIN.issuperset(map(type, args))
-        and not torch._C._are_functorch_transforms_active()
-        and not torch.compiler.is_compiling()
-    )
+    """Whether no functorch transform or tensor subclass wants to see a call with these arguments."""
+    return _PLAIN.issuperset(map(type, args)) and not torch._C._are_functorch_transforms_active()
 
 
 class Op:
@@ -209,7 +206,12 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         """What `overload` gives: autocast, then autograd, then the implementation of the backend."""
-        if self._autograd is not None and _plain(args) and not torch._C._is_any_autocast_enabled():
+        if (
+            self._autograd is not None
+            and not torch.compiler.is_compiling()
+            and not torch._C._is_any_autocast_enabled()
+            and _plain(args)
+        ):
             return self._autograd(*args)
         return self.overload(*args)
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.library import opcheck
 from triton.backends.compiler import BaseBackend
 from triton.runtime.jit import JITFunction, native_specialize_impl
 
@@ -108,7 +109,7 @@ def test_every_op_has_a_sample():
 @pytest.mark.parametrize("sample", range(len(op_samples("fallback", "cpu"))))
 def test_opcheck(backend, device, sample):
     op, args = op_samples(backend, device)[sample]
-    torch.library.opcheck(op.default, args)
+    opcheck(op.default, args)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

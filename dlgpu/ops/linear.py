@@ -52,11 +52,11 @@ def linear(
     >>> linear(x, w, activation="relu")
     tensor([[0., 1.]])
     """
-    _checks.require_tensor("linear", "input", input)
-    _checks.require_tensor("linear", "weight", weight)
-    if bias is not None:
-        _checks.require_tensor("linear", "bias", bias)
-    _checks.require_number("linear", "negative_slope", negative_slope)
+    for name, value in (("input", input), ("weight", weight), ("bias", bias)):
+        if not isinstance(value, torch.Tensor) and (value is not None or name != "bias"):
+            _checks.require_tensor("linear", name, value)
+    if type(negative_slope) is not float:
+        _checks.require_number("linear", "negative_slope", negative_slope)
     return _linear(input, weight, bias, activation, negative_slope, _dispatch.choose_backend(input))
 
 
@@ -192,7 +192,8 @@ def _bwd_fallback(
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dtype = dy.dtype
-    x = None if input is None else to_array(_rows(input))
+    # The input of a dW that is not needed is not looked at.
+    x = None if input is None or not needs[1] else to_array(_rows(input))
     kept = None if saved is None else to_array(_rows(saved))
     dx, dw, db = arrays.linear_bwd(
         to_array(_rows(dy)), x, to_array(weight), kept, activation, negative_slope, needs
