@@ -112,14 +112,6 @@ class PairedResult:
         return len(self.samples_a)
 
     @property
-    def median_a(self) -> float:
-        return float(np.median(self.samples_a))
-
-    @property
-    def median_b(self) -> float:
-        return float(np.median(self.samples_b))
-
-    @property
     def noise(self) -> float:
         """Half the interval's width over the ratio."""
         return (self.high - self.low) / (2 * self.ratio)

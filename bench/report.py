@@ -52,7 +52,6 @@ __all__ = ["SCHEMA", "Console", "Results", "seconds", "timing_row"]
 SCHEMA = "dlgpu-bench/1"
 # Less than this matters to nobody, and the same code compiled twice may differ by it.
 BAND = 0.02
-KINDS = ("timing", "training", "kernels", "float64", "count", "bound", "ceiling", "wrong", "skipped", "error")
 RATIO_NOTE = (
     "ratio = dlgpu time / torch time: below 1, dlgpu is faster; median of interleaved pairs, 95% interval"
 )

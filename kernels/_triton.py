@@ -49,10 +49,6 @@ except ImportError:
         def cdiv(a: int, b: int) -> int:
             return -(-a // b)
 
-        @staticmethod
-        def next_power_of_2(n: int) -> int:
-            return 1 << max(n - 1, 0).bit_length()
-
     tl = _Language()
     triton = _Triton()
 

@@ -43,10 +43,6 @@ class MatmulTile:
     num_stages: int
     reason: str
 
-    def shared_memory(self, itemsize: int) -> int:
-        """Bytes that the operand tiles of all stages take."""
-        return (self.block_m + self.block_n) * self.block_k * itemsize * max(self.num_stages - 1, 1)
-
 
 def linear_tile(
     capability: int, shared_memory: int, dtype: torch.dtype, N: int, aligned: bool

@@ -33,7 +33,14 @@ def test_links_exist() -> None:
     assert not [link for link in links if not (ROOT / link).exists()]
 
 
-MODULES = ["dlgpu", "dlgpu.functional", "dlgpu.nn", "dlgpu.ops.linear", "dlgpu.ops.cross_entropy"]
+MODULES = [
+    "dlgpu",
+    "dlgpu.functional",
+    "dlgpu.nn",
+    "dlgpu.optim",
+    "dlgpu.ops.linear",
+    "dlgpu.ops.cross_entropy",
+]
 
 
 @pytest.mark.parametrize("name", MODULES)

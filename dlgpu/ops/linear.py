@@ -114,9 +114,8 @@ def _fwd_fallback(
     save_z: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check(input, weight, bias, activation)
-    x = input if input.dim() == 2 else _rows(input)
     b = None if bias is None else to_array(bias)
-    y, z = arrays.linear_fwd(to_array(x), to_array(weight), b, activation, negative_slope, save_z)
+    y, z = arrays.linear_fwd(to_array(_rows(input)), to_array(weight), b, activation, negative_slope, save_z)
     dtype = input.dtype
     return _shaped(to_tensor(y, dtype), None if z is None else to_tensor(z, dtype), input)
 
