@@ -16,6 +16,7 @@ from typing import NoReturn
 from .environment import UsageError, choose_device, describe, find_gpu, header
 from .report import Console, Results
 from .suite import SECTIONS, Context, plan, run
+from .tune import add_arguments, command
 
 __all__ = ["main"]
 
@@ -43,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
         prog="dlgpu-bench",
         description="Compares dlgpu with torch on this machine: on a CPU the NumPy fallback's speed and the bytes that a "
         "GPU would move, on an NVIDIA GPU the fused kernels' throughput.",
+        epilog="`dlgpu-bench tune linear` measures tiles instead: see `dlgpu-bench tune --help`.",
     )
     found.add_argument(
         "suite",
@@ -72,6 +74,17 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--traceback", action="store_true", help="let an unexpected error end the run, with its traceback"
     )
+    return found
+
+
+def tune_parser() -> argparse.ArgumentParser:
+    """The command line of `tune`."""
+    found = _Parser(
+        prog="dlgpu-bench tune",
+        description="Measures the tiles there are for a layer's products on this NVIDIA GPU, and writes a table of the "
+        "fastest, which goes into kernels/tuned/.",
+    )
+    add_arguments(found)
     return found
 
 
@@ -124,8 +137,11 @@ def _finish(console: Console, results: Results) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _benchmark(parser().parse_args(arguments))
+        if given[:1] == ["tune"]:
+            return command(tune_parser().parse_args(given[1:]))
+        return _benchmark(parser().parse_args(given))
     except UsageError as error:
         print(f"dlgpu-bench: error: {error}", file=sys.stderr)
         return 2

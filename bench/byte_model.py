@@ -124,7 +124,7 @@ def _sizes(shape: Shape) -> list[int]:
 
 
 def _adam_features(shape: Shape) -> dict[str, int]:
-    tile = configs.adam_tile(4, True)
+    tile = configs.optimizer_tile(4, True)
     sizes = _sizes(shape)
     programs = sum(-(-size // tile.block) for size in sizes)
     # The last few elements of such a tensor take narrow accesses, and so a second look at the coefficients.
@@ -149,18 +149,19 @@ def _shapes(names: str, *rows: tuple[int, ...]) -> tuple[Shape, ...]:
     return tuple(dict(zip(names.split(), row, strict=True)) for row in rows)
 
 
+# Rows of multiples of 16 bytes, as real layers have; batches that are not cut into parts, as where the weights fill the chip.
 _LINEAR_FIT = _shapes(
     "M N K",
     (33, 40, 24),
     (70, 48, 16),
-    (65, 33, 40),
+    (65, 32, 40),
     (130, 24, 32),
-    (40, 80, 17),
-    (97, 65, 9),
-    (150, 37, 50),
+    (40, 80, 16),
+    (97, 64, 8),
+    (150, 40, 56),
     (34, 96, 64),
 )
-_LINEAR_HELD_OUT = _shapes("M N K", (129, 130, 33), (75, 41, 100), (600, 130, 40), (7, 5, 3))
+_LINEAR_HELD_OUT = _shapes("M N K", (129, 136, 32), (75, 40, 104), (500, 136, 40), (7, 8, 16))
 _HALF = torch.bfloat16
 
 MODELS: dict[str, Model] = {
@@ -170,8 +171,9 @@ MODELS: dict[str, Model] = {
         _HALF,
         _cross_entropy_features(_HALF),
         _cross_entropy(_HALF),
-        _shapes("N V", (3, 9001), (5, 20000), (4, 4500), (17, 300), (9, 50), (30, 700)),
-        _shapes("N V", (7, 12345), (2, 40001), (21, 1000), (1, 1)),
+        # Rows enough that none is split between programs, as with thousands.
+        _shapes("N V", (16, 9001), (17, 16500), (4, 4500), (17, 300), (9, 50), (30, 700)),
+        _shapes("N V", (18, 12345), (16, 25001), (21, 1000), (1, 1)),
         ("compulsory", "requested"),
     ),
     "linear": Model(

@@ -225,10 +225,11 @@ def compile_for(
             **options,
         },
     )
-    return _read(compiled, capability)
+    return read(compiled, capability)
 
 
-def _read(compiled: Any, capability: int) -> MachineCode:
+def read(compiled: Any, capability: int) -> MachineCode:
+    """What is in a kernel that Triton compiled for `capability`."""
     metadata = compiled.metadata
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"

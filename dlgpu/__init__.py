@@ -9,18 +9,21 @@ torch.Size([])
 Importing makes no CUDA call, and works without Triton.
 """
 
-from dlgpu import functional, nn, optim
+from dlgpu import diagnostics, functional, nn, optim
 from dlgpu._dispatch import Explanation, available_backends, debug, explain, use_backend
 from dlgpu._version import __version__
+from dlgpu.kernels.tuning import tune
 
 __all__ = [
     "Explanation",
     "__version__",
     "available_backends",
     "debug",
+    "diagnostics",
     "explain",
     "functional",
     "nn",
     "optim",
+    "tune",
     "use_backend",
 ]

@@ -34,6 +34,7 @@ __all__ = [
     "debug",
     "define",
     "differentiable_vjp",
+    "direct",
     "explain",
     "use_backend",
 ]
@@ -179,9 +180,30 @@ def define(
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), str, float, int, bool, tuple, list))
 
 
+_LISTS = frozenset((tuple, list))
+
+
 def _plain(args: tuple[Any, ...]) -> bool:
     """Whether no functorch transform or tensor subclass wants to see a call with these arguments."""
-    return _PLAIN.issuperset(map(type, args)) and not torch._C._are_functorch_transforms_active()
+    kinds = set(map(type, args))
+    return (
+        kinds <= _PLAIN
+        and not torch._C._are_functorch_transforms_active()
+        and (
+            kinds.isdisjoint(_LISTS)
+            or all(_PLAIN.issuperset(map(type, arg)) for arg in args if type(arg) in _LISTS)
+        )
+    )
+
+
+def direct(args: tuple[Any, ...]) -> bool:
+    """Whether an op with these arguments, a tensor first, may run at once below autograd: no tracing, no mode, no profiler."""
+    return (
+        _plain(args)
+        and (args[0].is_cpu or args[0].is_cuda)
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch.autograd.profiler._is_profiler_enabled
+    )
 
 
 class Op:
@@ -241,9 +263,12 @@ def _autocast_kernel(op: Any, cast: Callable[..., Any], device: str) -> Callable
 
 
 def cast_floating(args: Sequence[Any], dtype: torch.dtype) -> tuple[Any, ...]:
-    """Arguments with floating tensors cast to `dtype`, float64 left alone: torch's rule for eligible tensors."""
+    """Arguments with floating tensors, in lists too, cast to `dtype`, float64 left alone: torch's rule for eligible
+    tensors."""
     return tuple(
-        a.to(dtype)
+        list(cast_floating(a, dtype))
+        if isinstance(a, (list, tuple))
+        else a.to(dtype)
         if isinstance(a, torch.Tensor) and a.is_floating_point() and a.dtype is not torch.float64
         else a
         for a in args

@@ -5,18 +5,53 @@ from __future__ import annotations
 import torch
 
 from dlgpu.ops.activations import activation as _activation
+from dlgpu.ops.batch_norm import batch_norm
 from dlgpu.ops.cross_entropy import cross_entropy
+from dlgpu.ops.dropout import dropout
+from dlgpu.ops.gated import gated_linear
+from dlgpu.ops.layer_norm import layer_norm, rms_norm
 from dlgpu.ops.linear import linear
+from dlgpu.ops.linear_cross_entropy import linear_cross_entropy
+from dlgpu.ops.losses import (
+    binary_cross_entropy_with_logits,
+    hinge_loss,
+    huber_loss,
+    kl_div,
+    l1_loss,
+    mse_loss,
+    multi_margin_loss,
+    smooth_l1_loss,
+)
+from dlgpu.ops.mlp import mlp
+from dlgpu.ops.softmax import log_softmax, logsumexp, softmax
 
 __all__ = [
+    "batch_norm",
+    "binary_cross_entropy_with_logits",
     "cross_entropy",
+    "dropout",
+    "gated_linear",
     "gelu",
     "gelu_tanh",
+    "hinge_loss",
+    "huber_loss",
+    "kl_div",
+    "l1_loss",
+    "layer_norm",
     "leaky_relu",
     "linear",
+    "linear_cross_entropy",
+    "log_softmax",
+    "logsumexp",
+    "mlp",
+    "mse_loss",
+    "multi_margin_loss",
     "relu",
+    "rms_norm",
     "sigmoid",
     "silu",
+    "smooth_l1_loss",
+    "softmax",
     "tanh",
 ]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,16 @@ except ImportError:
     tl = _Language()
     triton = _Triton()
 
-__all__ = ["AVAILABLE", "INTERPRETED", "device_limits", "launch", "matmul_precision", "tl", "triton"]
+__all__ = [
+    "AVAILABLE",
+    "INTERPRETED",
+    "descriptor",
+    "device_limits",
+    "launch",
+    "matmul_precision",
+    "tl",
+    "triton",
+]
 
 # Read inside kernels, where only tl.constexpr globals may be.
 INTERPRET = tl.constexpr(INTERPRETED)
@@ -73,12 +83,21 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         with _interpreter_lock, np.errstate(all="ignore"):
             kernel[grid](*args, **meta)
         return
-    device = next(a.device for a in args if isinstance(a, torch.Tensor))
+    device = next(a.device for a in (getattr(a, "base", a) for a in args) if isinstance(a, torch.Tensor))
     if device.index == torch.cuda.current_device():
         kernel[grid](*args, **meta)
     else:
         with torch.cuda.device(device):
             kernel[grid](*args, **meta)
+
+
+def descriptor(t: torch.Tensor, block: Sequence[int]) -> Any:
+    """A TMA descriptor of blocks of t, whose last dimension is contiguous and whose rows are multiples of 16 bytes."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    # The stride of a single row says nothing, and may be no multiple of 16 bytes.
+    strides = [*t.stride()[:-1], 1] if t.shape[0] > 1 else [t[0].numel(), *t.stride()[1:-1], 1]
+    return TensorDescriptor(t, list(t.shape), strides, list(block))
 
 
 @functools.cache

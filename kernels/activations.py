@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from . import configs
-from ._triton import _cast, launch, tl, triton
+from ._triton import INTERPRET, _cast, launch, tl, triton
 
 __all__ = ["ACTIVATIONS", "Activation", "activation_bwd", "activation_fwd", "lookup", "saved_for_backward"]
 
@@ -48,6 +48,19 @@ def _sigmoid_pair(z):
     s = 1.0 / (1.0 + e)
     # For negative z e may be infinite, and 1 - s is exact enough; s itself is then 0, so that -inf gives NaN as in torch.
     return s, tl.where(z < 0, 1.0 - s, e * s)
+
+
+@triton.jit
+def _tanh_approx(z):
+    """tanh in one instruction, of relative error 2^-11."""
+    if INTERPRET:
+        # That error at its largest: 11 bits of the mantissa, the rest cut off.
+        bits = tl.cast(_tanh_fwd(z, 0.0), tl.uint32, bitcast=True) & 0xFFFFF000
+        return tl.cast(bits, tl.float32, bitcast=True)
+    else:
+        return tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [z], dtype=tl.float32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
@@ -101,6 +114,11 @@ def _tanh_fwd(z, slope):
 
 
 @triton.jit
+def _tanh_fwd_bf16(z, slope):
+    return _tanh_approx(z)
+
+
+@triton.jit
 def _tanh_grad(dy, y, slope):
     return dy * (1.0 - y * y)
 
@@ -120,6 +138,12 @@ def _gelu_grad(dy, z, slope):
 @triton.jit
 def _gelu_tanh_fwd(z, slope):
     return z * _sigmoid((z + z * z * z * GELU_TANH_K) * GELU_TANH_C)
+
+
+@triton.jit
+def _gelu_tanh_fwd_bf16(z, slope):
+    half = 0.5 * z
+    return half + half * _tanh_approx((z + z * z * z * GELU_TANH_K) * (0.5 * GELU_TANH_C))
 
 
 @triton.jit
@@ -342,6 +366,14 @@ class Activation:
     eager_gradient: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
     # "y" where the derivative follows from the output, "z" where it needs the input, None where it is constant.
     saves: str | None
+    # For results rounded to bf16, whose 2^-9 hides the 2^-11 of tanh.approx; in fp16 that would be as large as the rounding.
+    forward_bf16: Any = None
+
+    def forward_for(self, dtype: torch.dtype) -> Any:
+        """The Triton forward for a result of this dtype."""
+        return (
+            self.forward_bf16 if dtype is torch.bfloat16 and self.forward_bf16 is not None else self.forward
+        )
 
 
 _aten = torch.ops.aten
@@ -382,6 +414,7 @@ ACTIVATIONS: dict[str, Activation] = {
         eager=lambda z, slope: torch.tanh(z),
         eager_gradient=lambda dy, y, slope: _aten.tanh_backward(dy, y),
         saves="y",
+        forward_bf16=_tanh_fwd_bf16,
     ),
     "gelu": Activation(
         forward=_gelu_fwd,
@@ -400,6 +433,7 @@ ACTIVATIONS: dict[str, Activation] = {
         eager=lambda z, slope: F.gelu(z, approximate="tanh"),
         eager_gradient=lambda dy, z, slope: _aten.gelu_backward(dy, z, approximate="tanh"),
         saves="z",
+        forward_bf16=_gelu_tanh_fwd_bf16,
     ),
     "silu": Activation(
         forward=_silu_fwd,

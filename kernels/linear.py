@@ -1,93 +1,373 @@
 """Fused linear + bias + activation: y = act(x w^T + b), forward and backward.
 
-Three kernels. `_linear_kernel` is the GEMM, with bias and activation in its epilogue; without them the same kernel makes
-dX = dZ W and dW = dZ^T X. `_linear_dz_kernel` makes dZ = dY * act'(z) and per-strip column sums in one pass, and
-`_column_sum_kernel` adds those sums in a fixed order into db, so that two runs give the same bits.
+Two GEMM kernels with one epilogue. `_linear_tma_kernel` is persistent and loads by TMA descriptors: 16-bit operands whose
+rows are multiples of 16 bytes, from capability 9.0 on. `_linear_kernel` takes everything else by pointers. Either makes
+
+    y  = act(x w^T + b), storing z = x w^T + b beside y where backward needs it,
+    dX = dZ W, or dX * act'(.) and its column sums where a layer lies beneath (its dZ and db then make no extra trip),
+    dW = dZ^T X, in several parts of the batch where there are few output tiles.
+
+`_linear_dz_kernel` makes dZ = dY * act'(.) and per-strip column sums in one pass, and `_sum_kernel` adds sums and parts in a
+fixed order, so that two runs give the same bits.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from . import configs
-from ._triton import _cast, _dot, device_limits, launch, matmul_precision, tl, triton
+from . import configs, tuning
+from ._triton import _cast, _dot, descriptor, device_limits, launch, matmul_precision, tl, triton
 from .activations import activation_fwd, lookup, saved_for_backward
 
-__all__ = ["linear_bwd", "linear_fwd"]
+__all__ = ["linear_bwd", "linear_dgrad", "linear_dz", "linear_fwd", "linear_tiles", "linear_wgrad"]
 
 
-# Sizes are not specialized on: a partial last batch would compile anew. ALIGNED_* say of each which is a contiguous
-# dimension of some operand and a multiple of 16, so that a mask below it never cuts a 128-bit vector.
-@triton.jit(do_not_specialize=["M", "N", "K"])
-def _linear_kernel(
-    a_ptr,  # [M, K]
-    b_ptr,  # [K, N]
+@triton.jit
+def _tile_position(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """(row, column) of a tile: in groups of GROUP_M rows, so that programs in flight together share operands in L2."""
+    per_group = GROUP_M * tl.cdiv(N, BLOCK_N)
+    first_m = tile // per_group * GROUP_M
+    group_m = tl.minimum(tl.cdiv(M, BLOCK_M) - first_m, GROUP_M)
+    return first_m + tile % per_group % group_m, tile % per_group // group_m
+
+
+@triton.jit
+def _tile_offsets(start_m, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr):
+    """Offsets of a tile's elements from its first: 32-bit, at half the registers, unless its last row lies too far away."""
+    offs_m = tl.arange(0, BLOCK_M)
+    if WIDE:
+        offs_m = offs_m.to(tl.int64)
+    return offs_m[:, None] * N + tl.arange(0, BLOCK_N)[None, :]
+
+
+@triton.jit
+def _load_tile(
+    source,
+    start_m,
+    start_n,
+    M,
+    N,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    if TMA:
+        return source.load([start_m, start_n])
+    else:
+        mask = (tl.arange(0, BLOCK_M) < M - start_m)[:, None] & (tl.arange(0, BLOCK_N) < N - start_n)[None, :]
+        first = start_m.to(tl.int64) * N + start_n
+        return tl.load(
+            source + first + _tile_offsets(start_m, N, BLOCK_M, BLOCK_N, WIDE), mask=mask, other=0.0
+        )
+
+
+@triton.jit
+def _store_tile(
+    target,
+    tile,
+    start_m,
+    start_n,
+    M,
+    N,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    if TMA:
+        target.store([start_m, start_n], _cast(tile, target.dtype))
+    else:
+        mask = (tl.arange(0, BLOCK_M) < M - start_m)[:, None] & (tl.arange(0, BLOCK_N) < N - start_n)[None, :]
+        first = start_m.to(tl.int64) * N + start_n
+        ptrs = target + first + _tile_offsets(start_m, N, BLOCK_M, BLOCK_N, WIDE)
+        tl.store(ptrs, _cast(tile, target.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _epilogue(
+    acc,
+    bias_ptr,
+    saved,
+    y,
+    z,
+    partial_ptr,
+    part,
+    start_m,
+    start_n,
+    strip,
+    M,
+    N,
+    slope,
+    ACT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr,
+    WIDE: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """What becomes of one tile of a b: bias, z, the activation (or a gradient, given what is saved), column sums, y."""
+    cols = start_n + tl.arange(0, BLOCK_N)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    if z is not None:
+        _store_tile(z, acc, start_m, start_n, M, N, BLOCK_M, BLOCK_N, TMA, WIDE)
+    if saved is not None:
+        kept = _load_tile(saved, start_m, start_n, M, N, BLOCK_M, BLOCK_N, TMA, WIDE)
+        acc = ACT(acc, kept.to(tl.float32), slope)
+    else:
+        acc = ACT(acc, slope)
+    if partial_ptr is not None:
+        # A row beyond the last is 0 times b: NaN where b has an infinity.
+        inside = (tl.arange(0, BLOCK_M) < M - start_m)[:, None]
+        column_sums = tl.sum(tl.where(inside, acc, 0.0), 0)
+        tl.store(partial_ptr + strip.to(tl.int64) * N + cols, column_sums, mask=cols < N)
+    if SPLIT and TMA:
+        y.store([part, start_m, start_n], tl.reshape(acc, (1, BLOCK_M, BLOCK_N)))
+    elif SPLIT:
+        _store_tile(y + part.to(tl.int64) * M * N, acc, start_m, start_n, M, N, BLOCK_M, BLOCK_N, TMA, WIDE)
+    else:
+        _store_tile(y, acc, start_m, start_n, M, N, BLOCK_M, BLOCK_N, TMA, WIDE)
+
+
+@triton.jit(do_not_specialize=["M", "N", "K", "parts"])
+def _linear_tma_kernel(
+    a,  # descriptor of [M, K], or of [K, M] with A_T; blocks [BLOCK_M, BLOCK_K], or the reverse
+    b,  # descriptor of [K, N], or of [N, K] with B_T
     bias_ptr,  # [N] or None
-    y_ptr,  # [M, N]
-    z_ptr,  # [M, N] or None: what the activation is given
+    saved,  # descriptor or pointer of [M, N], or None: what the gradient ACT is given
+    y,  # descriptor or pointer of [M, N]; pointer of [parts, M, N] float32 where parts > 1
+    z,  # descriptor or pointer of [M, N], or None
+    partial_ptr,  # [cdiv(M, BLOCK_M), N] float32 or None: column sums of each row of tiles
     M,
     N,
     K,
-    stride_am,
-    stride_ak,
-    stride_bk,
-    stride_bn,
+    parts,
+    slope,
+    ACT: tl.constexpr,
+    A_T: tl.constexpr,
+    B_T: tl.constexpr,
+    TMA_OUT: tl.constexpr,
+    WIDE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SUBTILES: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
+    if TMA_OUT:
+        # Bias loads of more than an element.
+        N = N // 8 * 8
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    blocks_k = tl.cdiv(K, BLOCK_K)
+    each = tl.cdiv(blocks_k, parts)
+    for job in tl.range(tl.program_id(0), tiles * parts, tl.num_programs(0), flatten=FLATTEN):
+        pid_m, pid_n = _tile_position(job % tiles, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        start_m = pid_m * BLOCK_M
+        start_n = pid_n * BLOCK_N
+        if SPLIT:
+            first_k = job // tiles * each
+            end_k = tl.minimum(first_k + each, blocks_k)
+        else:
+            first_k = 0
+            end_k = blocks_k
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(first_k, end_k):
+            if A_T:
+                a_tile = a.load([k * BLOCK_K, start_m]).T
+            else:
+                a_tile = a.load([start_m, k * BLOCK_K])
+            if B_T:
+                b_tile = b.load([start_n, k * BLOCK_K]).T
+            else:
+                b_tile = b.load([k * BLOCK_K, start_n])
+            acc = _dot(a_tile, b_tile, acc, "ieee")
+        if SUBTILES == 2:
+            left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+            _epilogue(
+                left,
+                bias_ptr,
+                saved,
+                y,
+                z,
+                partial_ptr,
+                job // tiles,
+                start_m,
+                start_n,
+                pid_m,
+                M,
+                N,
+                slope,
+                ACT,
+                BLOCK_M,
+                BLOCK_N // 2,
+                TMA_OUT,
+                WIDE,
+                SPLIT,
+            )
+            _epilogue(
+                right,
+                bias_ptr,
+                saved,
+                y,
+                z,
+                partial_ptr,
+                job // tiles,
+                start_m,
+                start_n + BLOCK_N // 2,
+                pid_m,
+                M,
+                N,
+                slope,
+                ACT,
+                BLOCK_M,
+                BLOCK_N // 2,
+                TMA_OUT,
+                WIDE,
+                SPLIT,
+            )
+        else:
+            _epilogue(
+                acc,
+                bias_ptr,
+                saved,
+                y,
+                z,
+                partial_ptr,
+                job // tiles,
+                start_m,
+                start_n,
+                pid_m,
+                M,
+                N,
+                slope,
+                ACT,
+                BLOCK_M,
+                BLOCK_N,
+                TMA_OUT,
+                WIDE,
+                SPLIT,
+            )
+
+
+# Sizes are not specialized on: a partial last batch would compile anew. ALIGNED_* say of each which is a contiguous
+# dimension of some operand and a multiple of VECTOR, so that a mask below it never cuts a 128-bit access.
+@triton.jit(do_not_specialize=["M", "N", "K", "parts"])
+def _linear_kernel(
+    a_ptr,  # [M, K], or [K, M] with A_T
+    b_ptr,  # [K, N], or [N, K] with B_T
+    bias_ptr,  # [N] or None
+    saved_ptr,  # [M, N] or None: what the gradient ACT is given
+    y_ptr,  # [M, N]; [parts, M, N] float32 where parts > 1
+    z_ptr,  # [M, N] or None
+    partial_ptr,  # [cdiv(M, BLOCK_M), N] float32 or None: column sums of each row of tiles
+    M,
+    N,
+    K,
+    parts,
+    stride_a,
+    stride_b,
     slope,
     ACT: tl.constexpr,
     PRECISION: tl.constexpr,
+    A_T: tl.constexpr,
+    B_T: tl.constexpr,
+    ALIGNED: tl.constexpr,
     ALIGNED_M: tl.constexpr,
     ALIGNED_N: tl.constexpr,
     ALIGNED_K: tl.constexpr,
+    VECTOR: tl.constexpr,
+    WIDE: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
     if ALIGNED_M:
-        M = M // 16 * 16
+        M = M // VECTOR * VECTOR
     if ALIGNED_N:
-        N = N // 16 * 16
+        N = N // VECTOR * VECTOR
     if ALIGNED_K:
-        K = K // 16 * 16
-    # Tiles in groups of GROUP_M rows, so that programs in flight together share operands in L2.
-    pid = tl.program_id(0)
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    per_group = GROUP_M * tl.cdiv(N, BLOCK_N)
-    first_m = pid // per_group * GROUP_M
-    group_m = tl.minimum(tiles_m - first_m, GROUP_M)
-    pid_m = first_m + pid % per_group % group_m
-    pid_n = pid % per_group // group_m
+        K = K // VECTOR * VECTOR
+    if ALIGNED:
+        stride_a = stride_a // VECTOR * VECTOR
+        stride_b = stride_b // VECTOR * VECTOR
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    part = tl.program_id(0) // tiles
+    pid_m, pid_n = _tile_position(tl.program_id(0) % tiles, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    each = tl.cdiv(tl.cdiv(K, BLOCK_K), parts) * BLOCK_K
+    first_k = part * each
+    end_k = tl.minimum(first_k + each, K)
 
-    # A 64-bit scalar base and 32-bit offsets within the tile: half the address registers.
-    start_m = (pid_m * BLOCK_M).to(tl.int64)
-    start_n = (pid_n * BLOCK_N).to(tl.int64)
+    start_m = pid_m * BLOCK_M
+    start_n = pid_n * BLOCK_N
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     mask_m = offs_m < M - start_m
     mask_n = offs_n < N - start_n
-    a_ptrs = a_ptr + start_m * stride_am + (offs_m[:, None] * stride_am + offs_k[None, :] * stride_ak)
-    b_ptrs = b_ptr + start_n * stride_bn + (offs_k[:, None] * stride_bk + offs_n[None, :] * stride_bn)
+    if WIDE:
+        offs_m = offs_m.to(tl.int64)
+        offs_n = offs_n.to(tl.int64)
+        offs_k = offs_k.to(tl.int64)
+    # A 64-bit scalar base and, if rows lie near enough, 32-bit offsets within the tile: half the address registers.
+    if A_T:
+        a_ptrs = (
+            a_ptr + first_k.to(tl.int64) * stride_a + start_m + (offs_k[None, :] * stride_a + offs_m[:, None])
+        )
+        step_a = tl.cast(stride_a, tl.int64) * BLOCK_K
+    else:
+        a_ptrs = (
+            a_ptr + start_m.to(tl.int64) * stride_a + first_k + (offs_m[:, None] * stride_a + offs_k[None, :])
+        )
+        step_a = tl.cast(BLOCK_K, tl.int64)
+    if B_T:
+        b_ptrs = (
+            b_ptr + start_n.to(tl.int64) * stride_b + first_k + (offs_n[None, :] * stride_b + offs_k[:, None])
+        )
+        step_b = tl.cast(BLOCK_K, tl.int64)
+    else:
+        b_ptrs = (
+            b_ptr + first_k.to(tl.int64) * stride_b + start_n + (offs_k[:, None] * stride_b + offs_n[None, :])
+        )
+        step_b = tl.cast(stride_b, tl.int64) * BLOCK_K
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, K, BLOCK_K):
-        mask_k = offs_k < K - k
+    for k in range(first_k, end_k, BLOCK_K):
+        mask_k = tl.arange(0, BLOCK_K) < end_k - k
         a = tl.load(a_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         b = tl.load(b_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         acc = _dot(a, b, acc, PRECISION)
-        a_ptrs += BLOCK_K * stride_ak
-        b_ptrs += BLOCK_K * stride_bk
-
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + start_n + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    mask = mask_m[:, None] & mask_n[None, :]
-    out = start_m * N + start_n
-    offs = offs_m[:, None] * N + offs_n[None, :]
-    if z_ptr is not None:
-        tl.store(z_ptr + out + offs, _cast(acc, z_ptr.dtype.element_ty), mask=mask)
-    tl.store(y_ptr + out + offs, _cast(ACT(acc, slope), y_ptr.dtype.element_ty), mask=mask)
+        a_ptrs += step_a
+        b_ptrs += step_b
+    _epilogue(
+        acc,
+        bias_ptr,
+        saved_ptr,
+        y_ptr,
+        z_ptr,
+        partial_ptr,
+        part,
+        start_m,
+        start_n,
+        pid_m,
+        M,
+        N,
+        slope,
+        ACT,
+        BLOCK_M,
+        BLOCK_N,
+        False,
+        WIDE,
+        SPLIT,
+    )
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -130,7 +410,7 @@ def _linear_dz_kernel(
 
 
 @triton.jit(do_not_specialize=["S"])
-def _column_sum_kernel(
+def _sum_kernel(
     partial_ptr,  # [S, N] float32
     out_ptr,  # [N]
     S,
@@ -139,7 +419,7 @@ def _column_sum_kernel(
     BLOCK_N: tl.constexpr,
 ):
     offs_s = tl.arange(0, BLOCK_S)
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_S, BLOCK_N), tl.float32)
     for start in range(0, S, BLOCK_S):
         rows = (start + offs_s).to(tl.int64)
@@ -148,58 +428,239 @@ def _column_sum_kernel(
     tl.store(out_ptr + offs_n, _cast(tl.sum(acc, 0), out_ptr.dtype.element_ty), mask=offs_n < N)
 
 
-def _matmul(
+def _row_major(t: torch.Tensor, transposed_first: bool = False) -> tuple[torch.Tensor, bool]:
+    """(storage, transposed): a matrix with unit stride along its rows that is t or its transpose, copied if t is neither.
+
+    Of a single row or column both hold: t's strides tell which it was made as, or else the caller.
+    """
+    if t.stride(0) != 1 or t.stride(1) != 1:
+        transposed_first = t.stride(1) != 1
+    for transposed in (transposed_first, not transposed_first):
+        storage = t.t() if transposed else t
+        rows, columns = storage.shape
+        # Overlapping rows, of an expanded tensor, are beyond a descriptor.
+        if (columns == 1 or storage.stride(1) == 1) and (rows == 1 or storage.stride(0) >= columns):
+            return storage, transposed
+    return t.contiguous(), False
+
+
+def _aligned(storage: torch.Tensor) -> bool:
+    """Whether rows start and end at multiples of 16 bytes."""
+    size = storage.element_size()
+    return (
+        storage.numel() > 0
+        and storage.data_ptr() % 16 == 0
+        and storage.shape[1] * size % 16 == 0
+        and (storage.shape[0] == 1 or storage.stride(0) * size % 16 == 0)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """How a product runs: its operands as they are stored, and the tile."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    a_t: bool
+    b_t: bool
+    aligned: bool
+    aligned_out: bool
+    precision: str
+    multiprocessors: int
+    tile: configs.MatmulTile | configs.CuBlas
+
+
+def _plan(
     a: torch.Tensor,
     b: torch.Tensor,
-    bias: torch.Tensor | None,
-    activation: str | None,
-    negative_slope: float,
-    save_z: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """act(a b + bias) and, with save_z, a b + bias; a [M, K] and b [K, N] of any strides."""
+    activation: str | None = None,
+    saves_z: bool = False,
+    saved: torch.Tensor | None = None,
+    split: bool = False,
+    launching: bool = False,
+) -> _Plan:
     (M, K), N = a.shape, b.shape[1]
-    capability, shared_memory, _ = device_limits(a.device)
-    aligned = N % 16 == 0 and all(
-        t.data_ptr() % 16 == 0 and all(s == 1 or s % 16 == 0 for s in t.stride()) for t in (a, b)
-    )
-    tile = configs.linear_tile(capability, shared_memory, a.dtype, N, aligned)
+    # The transpose of dZ, for dW.
+    (a, a_t), (b, b_t) = _row_major(a, split), _row_major(b)
+    # Where an operand is yet to be made, the other one says where.
+    device = b.device if a.is_meta else a.device
+    capability, shared_memory, multiprocessors = device_limits(device)
+    aligned = _aligned(a) and _aligned(b)
+    aligned_out = N * a.element_size() % 16 == 0 and (saved is None or saved.data_ptr() % 16 == 0)
+    precision = matmul_precision(a.dtype)
+    tile = None
+    if (table := tuning.table(device)) is not None:
+        key = tuning.linear_key(
+            a.dtype,
+            precision,
+            a_t,
+            b_t,
+            M,
+            N,
+            K,
+            activation,
+            saves_z,
+            saved is not None,
+            aligned,
+            aligned_out,
+            split,
+        )
+        tile = table.linear(key, (K if split else M) if launching else None)
     if tile is None:
-        product = a @ b if bias is None else torch.addmm(bias, a, b)
-        activated = product if activation is None else activation_fwd(product, activation, negative_slope)
-        return activated, product if save_z else None
+        tile = configs.linear_tile(
+            capability,
+            shared_memory,
+            a.dtype,
+            M,
+            N,
+            K,
+            activation,
+            saves_z,
+            gradient=saved is not None,
+            split=split,
+            precision=precision,
+            aligned=aligned,
+            aligned_out=aligned_out,
+            k_major=b_t and not a_t,
+        )
+    return _Plan(a, b, a_t, b_t, aligned, aligned_out, precision, multiprocessors, tile)
+
+
+def linear_tiles(
+    x: torch.Tensor, w: torch.Tensor, activation: str | None, saves_z: bool
+) -> dict[str, configs.MatmulTile | configs.CuBlas]:
+    """What would multiply for y, dx and dw of a linear layer; launches nothing, so meta tensors will do."""
+    dz = x.new_empty((x.shape[0], w.shape[0]), device="meta")
+    return {
+        "y": _plan(x, w.t(), activation, saves_z).tile,
+        "dx": _plan(dz, w).tile,
+        "dw": _plan(dz.t(), x, split=True).tile,
+    }
+
+
+def _product(
+    a: torch.Tensor,  # [M, K]
+    b: torch.Tensor,  # [K, N]
+    *,
+    bias: torch.Tensor | None = None,
+    saved: torch.Tensor | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.0,
+    save_z: bool = False,
+    sums: bool = False,
+    split: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | None:
+    """(y, z, sums): y = act(a b + bias), or a b * act'(saved); z = a b + bias with save_z; y's column sums with sums.
+
+    None where configs.py leaves the product to cuBLAS.
+    """
+    (M, K), N = a.shape, b.shape[1]
+    plan = _plan(a, b, activation, save_z, saved, split, launching=True)
+    if isinstance(plan.tile, configs.CuBlas):
+        return None
+    a, b, tile = plan.a, plan.b, plan.tile
+    vector = 16 // a.element_size()
+    tiles_m = triton.cdiv(M, tile.block_m)
+    tiles = tiles_m * triton.cdiv(N, tile.block_n)
+    parts = configs.linear_parts(tile, tiles, K, plan.multiprocessors) if split else 1
     y = torch.empty((M, N), dtype=a.dtype, device=a.device)
     z = torch.empty_like(y) if save_z else None
-    # Strides of (1, 1), of a matrix one feature wide, say nothing: its other side is the batch.
-    contiguous_m, contiguous_ak, contiguous_bk = (
-        t.stride(i) == 1 != t.stride(1 - i) for t, i in ((a, 0), (a, 1), (b, 0))
-    )
+    partial = torch.empty((tiles_m, N), dtype=torch.float32, device=a.device) if sums else None
+    out = y if parts == 1 else torch.empty((parts, M, N), dtype=torch.float32, device=a.device)
+    row = lookup(activation)
+    meta: dict[str, Any] = {
+        "ACT": row.forward_for(a.dtype) if saved is None else row.gradient,
+        "A_T": plan.a_t,
+        "B_T": plan.b_t,
+        # 32-bit offsets reach 128 rows and columns of less than 2^24 elements.
+        "WIDE": max(a.stride(0), b.stride(0), N) >= 1 << 24,
+        "SPLIT": parts > 1,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "GROUP_M": tile.group_m,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        "maxnreg": tile.max_registers,
+    }
+    if tile.tma:
+        # An operand's descriptor moves blocks of the matrix as it is stored.
+        block_a = (tile.block_m, tile.block_k)
+        block_b = (tile.block_k, tile.block_n)
+        block_out = (tile.block_m, tile.block_n // tile.subtiles)
+
+        def result(t: torch.Tensor | None) -> Any:
+            if t is None or not plan.aligned_out:
+                return t
+            return descriptor(t, block_out if t.dim() == 2 else (1, *block_out))
+
+        launch(
+            _linear_tma_kernel,
+            (min(tiles * parts, plan.multiprocessors * tile.programs),),
+            descriptor(a, block_a[::-1] if plan.a_t else block_a),
+            descriptor(b, block_b[::-1] if plan.b_t else block_b),
+            bias,
+            result(saved),
+            result(out),
+            result(z),
+            partial,
+            M,
+            N,
+            K,
+            parts,
+            negative_slope,
+            TMA_OUT=plan.aligned_out,
+            SUBTILES=tile.subtiles,
+            FLATTEN=tile.flatten,
+            **meta,
+        )
+    else:
+        launch(
+            _linear_kernel,
+            (tiles * parts,),
+            a,
+            b,
+            bias,
+            saved,
+            out,
+            z,
+            partial,
+            M,
+            N,
+            K,
+            parts,
+            a.stride(0),
+            b.stride(0),
+            negative_slope,
+            PRECISION=plan.precision,
+            ALIGNED=plan.aligned,
+            ALIGNED_M=plan.a_t and M % vector == 0,
+            ALIGNED_N=plan.aligned_out,
+            ALIGNED_K=(plan.b_t or not plan.a_t) and K % vector == 0,
+            VECTOR=vector,
+            **meta,
+        )
+    if parts > 1:
+        _sum(out.view(parts, M * N), y)
+    return y, z, None if partial is None else _sum(partial, torch.empty(N, dtype=a.dtype, device=a.device))
+
+
+def _sum(partial: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """out = the sum of partial's rows, in a fixed order."""
+    S, N = partial.shape
+    tile = configs.sum_tile(S, N)
     launch(
-        _linear_kernel,
-        (triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),),
-        a,
-        b,
-        bias,
-        y,
-        z,
-        M,
+        _sum_kernel,
+        (triton.cdiv(N, tile.block_n),),
+        partial,
+        out,
+        S,
         N,
-        K,
-        *a.stride(),
-        *b.stride(),
-        negative_slope,
-        ACT=lookup(activation).forward,
-        PRECISION=matmul_precision(a.dtype),
-        ALIGNED_M=contiguous_m and M % 16 == 0,
-        ALIGNED_N=N % 16 == 0,
-        ALIGNED_K=(contiguous_ak or contiguous_bk) and K % 16 == 0,
-        BLOCK_M=tile.block_m,
+        BLOCK_S=tile.block_m,
         BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        GROUP_M=tile.group_m,
         num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
     )
-    return y, z
+    return out
 
 
 def linear_fwd(
@@ -211,7 +672,18 @@ def linear_fwd(
     save_z: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """y = act(x w^T + b) and, with save_z, z = x w^T + b: one launch, any strides of x and w."""
-    return _matmul(x, w.t(), b.contiguous() if b is not None else None, activation, negative_slope, save_z)
+    found = _product(
+        x,
+        w.t(),
+        bias=b.contiguous() if b is not None else None,
+        activation=activation,
+        negative_slope=negative_slope,
+        save_z=save_z,
+    )
+    if found is not None:
+        return found[:2]
+    z = x @ w.t() if b is None else torch.addmm(b, x, w.t())
+    return z if activation is None else activation_fwd(z, activation, negative_slope), z if save_z else None
 
 
 def linear_bwd(
@@ -227,9 +699,34 @@ def linear_bwd(
     those, and a GEMM for each of dx and dw."""
     needs_x, needs_w, needs_b = needs
     dz, db = linear_dz(dy, saved, activation, negative_slope, needs_x or needs_w, needs_b)
-    dx = _matmul(dz, w, None, None, 0.0, False)[0] if needs_x else None
-    dw = _matmul(dz.t(), x, None, None, 0.0, False)[0] if needs_w else None
-    return dx, dw, db
+    dx = linear_dgrad(dz, w)[0] if needs_x else None
+    return dx, linear_wgrad(dz, x) if needs_w else None, db
+
+
+def linear_dgrad(
+    dz: torch.Tensor,  # [M, N]
+    w: torch.Tensor,  # [N, K]
+    saved: torch.Tensor | None = None,  # [M, K], contiguous: y or z of the layer beneath
+    activation: str | None = None,
+    negative_slope: float = 0.0,
+    needs_b: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """dX = dZ W. With the activation of the layer beneath: that layer's dZ = dX * act'(saved), and its column sums db with
+    needs_b, without a trip of dX through memory."""
+    found = _product(dz, w, saved=saved, activation=activation, negative_slope=negative_slope, sums=needs_b)
+    if found is None:
+        return linear_dz(dz @ w, saved, activation, negative_slope, True, needs_b)
+    return found[0], found[2]
+
+
+def linear_wgrad(
+    dz: torch.Tensor,  # [M, N]
+    x: torch.Tensor,  # [M, K]
+) -> torch.Tensor:
+    """dW = dZ^T X [N, K]. Where there are few tiles of dW, parts of the batch are summed apart, in float32, and then added
+    in a fixed order."""
+    found = _product(dz.t(), x, split=True)
+    return dz.t() @ x if found is None else found[0]
 
 
 def linear_dz(
@@ -268,16 +765,5 @@ def linear_dz(
     )
     db = None
     if partial is not None:
-        db = torch.empty((N,), dtype=dy.dtype, device=dy.device)
-        launch(
-            _column_sum_kernel,
-            (triton.cdiv(N, 32),),
-            partial,
-            db,
-            strips,
-            N,
-            BLOCK_S=32,
-            BLOCK_N=32,
-            num_warps=4,
-        )
+        db = _sum(partial, torch.empty(N, dtype=dy.dtype, device=dy.device))
     return (dy if dz is None else dz), db

@@ -11,7 +11,7 @@ from test_compile import CAPABILITIES, compile_cases, faults
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_machine_code_of_everything(capability: int) -> None:
     wrong = {}
-    for case in compile_cases(capability, "--all", timeout=6 * 3600):
+    for case in compile_cases(str(capability), "--all", timeout=6 * 3600):
         if found := faults(case):
             wrong[case["name"]] = found
     assert not wrong

@@ -33,6 +33,8 @@ LAYERS = {
     "dlgpu.fallback": "fallback",
     "dlgpu.kernels": "kernels",
     "dlgpu.kernels.activations": "activations",
+    # The other table with NumPy twins.
+    "dlgpu.kernels.losses": "activations",
     "dlgpu.bench": "bench",
     "tests": "tests",
     "examples": "examples",
@@ -58,7 +60,7 @@ MAY_IMPORT = {
 KERNEL_PACKAGES = {"torch", "numpy"} | sys.stdlib_module_names
 TRITON_SHIM = "dlgpu.kernels._triton"
 # Modules beside the ops that are no ops themselves; so is every module whose name starts with "_".
-NO_STEM = {"configs"}
+NO_STEM = {"configs", "tuning"}
 
 
 def modules(root: Path) -> dict[str, Path]:

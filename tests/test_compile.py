@@ -14,10 +14,10 @@ CASES = Path(__file__).with_name("compile_cases.py")
 CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
 
 
-def compile_cases(capability: int, *options: str, timeout: int = 300) -> list[dict]:
+def compile_cases(*options: str, timeout: int = 300) -> list[dict]:
     """The figures of each case, from a process whose kernels are not interpreted."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(CASES), str(capability), *options]
+    command = [sys.executable, str(CASES), *options]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
@@ -37,6 +37,8 @@ def faults(case: dict) -> list[str]:
         found.append(f"has matrix instructions {case['matrix']}")
     if expected is not None and not any(opcode.startswith(expected) for opcode in case["matrix"]):
         found.append(f"has {case['matrix']} for matrix instructions, not {expected}")
+    if case["tma"] and not case["transfers"]:
+        found.append("has no TMA load")
     if case["wide"] and not any(int(bits) >= 128 for bits in case["loads"]):
         found.append(f"has no 128-bit load, only {case['loads']}")
     if case["wide_stores"] and not any(int(bits) >= 128 for bits in case["stores"]):
@@ -46,7 +48,7 @@ def faults(case: dict) -> list[str]:
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_machine_code(capability: int) -> None:
-    cases = compile_cases(capability)
+    cases = compile_cases(str(capability))
     assert len(cases) >= 8
     wrong = {case["name"]: found for case in cases if (found := faults(case))}
     assert not wrong
@@ -63,6 +65,8 @@ def test_faults_are_seen() -> None:
         "stores": {"128": 8},
         "wide": True,
         "wide_stores": True,
+        "tma": True,
+        "transfers": 8,
     }
     assert not faults(good)
     for change in (
@@ -71,5 +75,22 @@ def test_faults_are_seen() -> None:
         {"matrix": {"HMMA.16816.F32.BF16": 4}},
         {"loads": {"64": 8}},
         {"stores": {"16": 8}},
+        {"transfers": 0},
     ):
         assert faults(good | change)
+
+
+def test_documented_epilogue_instructions() -> None:
+    """docs/linear.md's table is what the machine code has."""
+    (found,) = compile_cases("--epilogues")
+    text = (CASES.parents[1] / "docs" / "linear.md").read_text()
+    for name, (fwd, fwd_special, dz, dz_special) in found.items():
+        assert f"| {name} | {fwd:g} ({fwd_special:g}) | {dz:g} ({dz_special:g}) |" in text
+
+
+def test_another_batch_size_compiles_nothing() -> None:
+    """Within a bucket of configs.row_bucket, whatever the batch divides by."""
+    (found,) = compile_cases("--buckets")
+    assert len(found) == 4
+    for one, all_sizes in found.values():
+        assert one == all_sizes

@@ -42,6 +42,15 @@ CALLS = {
     "linear": (lambda x, w, b: functional.linear(x, w, b), [(5, 3), (4, 3), (4,)]),
     "linear gelu": (lambda x, w, b: functional.linear(x, w, b, activation="gelu"), [(5, 3), (4, 3), (4,)]),
     "linear relu": (lambda x, w: functional.linear(x, w, activation="relu"), [(2, 5, 3), (4, 3)]),
+    "mlp": (
+        lambda x, w, v, b: functional.mlp(x, [w, v], [None, b], activation="gelu", out_activation="relu"),
+        [(2, 5, 3), (4, 3), (2, 4), (2,)],
+    ),
+    "gated_linear": (lambda x, w, b, v: functional.gated_linear(x, w, b, v), [(5, 3), (8, 3), (8,), (2, 4)]),
+    "gated_linear relu": (
+        lambda x, w: functional.gated_linear(x, w, activation="relu"),
+        [(2, 5, 3), (8, 3)],
+    ),
     **{name: (lambda x, name=name: getattr(functional, name)(x), [(5, 3)]) for name in ACTIVATIONS},
     "leaky_relu negative": (lambda x: functional.leaky_relu(x, -0.5), [(5, 3)]),
     "gelu approximate": (lambda x: functional.gelu(x, approximate="tanh"), [(5, 3)]),
@@ -50,9 +59,65 @@ CALLS = {
         lambda x: functional.cross_entropy(x, targets(5, 3, x.device), reduction="none", label_smoothing=0.1),
         [(5, 3)],
     ),
+    "cross_entropy probabilities": (
+        lambda x, q: functional.cross_entropy(x, q, x.new_ones(3), label_smoothing=0.1),
+        [(5, 3), (5, 3)],
+    ),
+    "cross_entropy extras": (
+        lambda x: (
+            functional.cross_entropy(x, targets(5, 3, x.device), z_loss=0.1, softcap=3.0, return_lse=True).lse
+        ),
+        [(5, 3)],
+    ),
     "cross_entropy 3-d": (
         lambda x: functional.cross_entropy(x, targets(4, 3, x.device).view(2, 2), x.new_ones(3)),
         [(2, 3, 2)],
+    ),
+    "softmax": (lambda x: functional.softmax(x, 1), [(2, 3, 4)]),
+    "log_softmax": (lambda x: functional.log_softmax(x, -1), [(5, 3)]),
+    "logsumexp": (lambda x: functional.logsumexp(x, (0, 2), keepdim=True), [(2, 3, 4)]),
+    "linear_cross_entropy": (
+        lambda x, w, b: functional.linear_cross_entropy(x, w, targets(5, 4, x.device), linear_bias=b),
+        [(5, 3), (4, 3), (4,)],
+    ),
+    "linear_cross_entropy lean": (
+        lambda x, w: (
+            functional.linear_cross_entropy(
+                x, w, targets(5, 4, x.device), reduction="none", return_lse=True, memory_budget=0
+            ).lse
+        ),
+        [(5, 3), (4, 3)],
+    ),
+    "layer_norm": (
+        lambda x, w, b: functional.layer_norm(x, (4, 3), w, b),
+        [(2, 5, 4, 3), (4, 3), (4, 3)],
+    ),
+    "rms_norm": (lambda x: functional.rms_norm(x, (3,)), [(5, 3)]),
+    "batch_norm": (
+        lambda x, w, b: functional.batch_norm(x, None, None, w, b, True, activation="gelu"),
+        [(5, 3), (3,), (3,)],
+    ),
+    "batch_norm running": (
+        lambda x, w: functional.batch_norm(x, x.new_zeros(3), x.new_ones(3), w, training=True),
+        [(5, 3, 2), (3,)],
+    ),
+    "batch_norm evaluation": (
+        lambda x, w: functional.batch_norm(x, x.new_zeros(3), x.new_ones(3), w, activation="relu"),
+        [(5, 3, 2), (3,)],
+    ),
+    "mse_loss": (lambda x, t: functional.mse_loss(x, t), [(5, 3), (5, 3)]),
+    "huber_loss weighted": (lambda x, t, w: functional.huber_loss(x, t, weight=w), [(5, 3)] * 3),
+    "binary_cross_entropy_with_logits": (
+        lambda x, t: functional.binary_cross_entropy_with_logits(
+            x, t, pos_weight=x.new_ones(3), reduction="none"
+        ),
+        [(5, 3), (5, 3)],
+    ),
+    "hinge_loss": (lambda x, t: functional.hinge_loss(x, t, squared=True), [(5, 3), (5, 3)]),
+    "kl_div": (lambda x, t: functional.kl_div(x, t.exp(), reduction="batchmean"), [(5, 3), (5, 3)]),
+    "multi_margin_loss": (
+        lambda x: functional.multi_margin_loss(x, targets(5, 3, x.device), weight=x.new_ones(3)),
+        [(5, 3)],
     ),
     "nn": (
         lambda x: dlgpu.nn.CrossEntropyLoss()(LAYERS.to(x.device)(x), targets(5, 3, x.device)),
@@ -65,6 +130,112 @@ LAYERS = torch.nn.Sequential(dlgpu.nn.Linear(6, 4, activation="relu"), dlgpu.nn.
 def some(names, *interpreted):
     """(backend, name): tracing and autocast are the same for both, so the kernels run for a few names only."""
     return [*(("fallback", name) for name in names), *(("triton", name) for name in interpreted)]
+
+
+def softmax_family_samples(x, backend):
+    ops, leaf = torch.ops.dlgpu, x.clone().requires_grad_()
+    lse, stats = torch.logsumexp(x, -1), torch.ones(2, 5, device=x.device)
+    for log in (False, True):
+        yield from (
+            (ops.softmax, (x, log, backend)),
+            (ops.softmax, (leaf[None], log, backend)),
+            (ops.softmax_backward, (x, x.softmax(1), log, backend)),
+        )
+    yield from (
+        (ops.logsumexp, (leaf, backend)),
+        (ops.logsumexp, (leaf[None], backend)),
+        (ops.logsumexp_fwd, (x, backend)),
+        (ops.logsumexp_backward, (lse, x, stats, backend)),
+    )
+
+
+def linear_cross_entropy_samples(leaves, backend):
+    ops = torch.ops.dlgpu
+    x, w, b = (a.detach() for a in leaves)
+    t, c, u = targets(5, 4, x.device), torch.rand(4, device=x.device), torch.rand(5, device=x.device)
+    stats, none = torch.ones(2, 5, device=x.device), x.new_empty(0)
+    plain, extra = ("mean", -100, 0.0, 0.0, 0.0, 1.0), ("none", 1, 0.1, 0.1, 3.0, 0.5)
+    kept = x.new_empty(0, 0)
+    return [
+        (ops.linear_cross_entropy, (x, w, t, None, None, None, *plain, False, 0, backend)),
+        (ops.linear_cross_entropy, (*leaves[:2], t, leaves[2], None, None, *plain, True, 1 << 20, backend)),
+        (ops.linear_cross_entropy, (*leaves[:2], t, leaves[2], c, u, *extra, True, 0, backend)),
+        (ops.linear_cross_entropy_fwd, (x, w, t, b, c, u, *extra, True, 1 << 20, backend)),
+        (ops.linear_cross_entropy_fwd, (x, w, t, None, None, None, *plain, False, 0, backend)),
+        (
+            ops.linear_cross_entropy_backward,
+            (x.sum(), None, x, w, t, b, None, None, stats, u[:1], kept, *plain, [True] * 3, backend),
+        ),
+        (
+            ops.linear_cross_entropy_backward,
+            (u, u, x, w, t, b, c, u, stats, none, x @ w.t(), *extra, [False, True, False], backend),
+        ),
+    ]
+
+
+def loss_samples(leaf, backend):
+    ops, x = torch.ops.dlgpu, leaf.detach()
+    other, q = x.exp().requires_grad_(), torch.rand(3, device=x.device)
+    bce, both, one = "binary_cross_entropy_with_logits", [True, True], [True, False]
+    t, g = targets(5, 3, x.device), x[:, 0].clone()
+    return [
+        (ops.elementwise_loss, (leaf, other, None, None, "mse_loss", 0.0, "mean", backend)),
+        (ops.elementwise_loss, (leaf, x.exp(), x, q, bce, 0.0, "none", backend)),
+        (ops.elementwise_loss, (leaf, other, None, None, "kl_div", 0.0, "batchmean", backend)),
+        (ops.elementwise_loss_backward, (x, x, x, None, q, bce, 0.0, "none", both, backend)),
+        (ops.elementwise_loss_backward, (x.sum(), x, x, x, None, "huber_loss", 0.5, "mean", one, backend)),
+        (ops.elementwise_loss_backward, (x.sum(), None, x, None, None, "kl_div", 0.0, "sum", one, backend)),
+        (ops.multi_margin_loss, (leaf, t, None, 1, 1.0, "mean", backend)),
+        (ops.multi_margin_loss, (leaf, t, q, 2, 0.5, "none", backend)),
+        (ops.multi_margin_loss_backward, (x.sum(), x, t, None, 2, 1.0, "mean", backend)),
+        (ops.multi_margin_loss_backward, (g, x, t, q, 1, 0.5, "none", backend)),
+    ]
+
+
+def norm_samples(x, w, b, backend):
+    """x [5, 3], w and b [3] that require gradients."""
+    ops, fixed, running = torch.ops.dlgpu, x.detach(), (x.new_zeros(3), x.new_ones(3))
+    rest, plain = (0.1, 1e-5, "relu", 0.01), (0.0, 1e-5, None, 0.01)
+    count, seed = torch.ones((), dtype=torch.int64, device=x.device), torch.tensor([7], device=x.device)
+    stats = torch.ones(2, 5, device=x.device)
+    wide = x.detach()[:, :, None].expand(5, 3, 2).contiguous().requires_grad_()
+    return [
+        (ops.layer_norm, (x, w, b, 1, 1e-5, False, backend)),
+        (ops.layer_norm, (x, None, None, 2, 1e-5, True, backend)),
+        (ops.layer_norm_fwd, (fixed, w.detach(), b.detach(), 1, 1e-5, False, True, backend)),
+        (ops.layer_norm_fwd, (fixed, None, None, 1, 1e-5, True, False, backend)),
+        (ops.layer_norm_backward, (fixed, fixed, w.detach(), stats, 1, 1e-5, False, [True] * 3, backend)),
+        (
+            ops.layer_norm_backward,
+            (fixed, fixed, None, stats[:1].clone(), 1, 1e-5, True, [True, False, False], backend),
+        ),
+        (ops.batch_norm, (x, None, None, w, b, *running, None, *rest, backend)),
+        (ops.batch_norm, (wide, None, None, None, None, *running, count, *rest, backend)),
+        (ops.batch_norm, (x, *running, w, b, None, None, None, *plain, backend)),
+        (ops.batch_norm_fwd, (fixed, None, None, w.detach(), None, *running, None, *rest, True, backend)),
+        (ops.batch_norm_fwd, (fixed, *running, None, None, None, None, None, *plain, False, backend)),
+        (
+            ops.batch_norm_backward,
+            (fixed, fixed, w.detach(), None, stats[:, :3].clone(), True, "gelu", 0.01, [True] * 3, backend),
+        ),
+        (
+            ops.batch_norm_backward,
+            (
+                fixed,
+                fixed,
+                None,
+                None,
+                stats[:, :3].clone(),
+                False,
+                None,
+                0.01,
+                [True, False, False],
+                backend,
+            ),
+        ),
+        (ops.dropout, (x, seed, 0.3, backend)),
+        (ops.dropout, (fixed[:, ::2], seed, 0.3, backend)),
+    ]
 
 
 def op_samples(backend, device):
@@ -80,6 +251,8 @@ def op_samples(backend, device):
     weight = torch.rand(3, device=device)
     stats = torch.stack([x.amax(1), (x - x.amax(1, keepdim=True)).exp().sum(1)])
     leaves = [a.clone().requires_grad_() for a in (x, w, b)]
+    v = inputs(2, 4, device=device)
+    w12 = inputs(8, 3, device=device)
     return [
         (ops.linear, (x, w, b, "relu", 0.01, backend)),
         (ops.linear, (*leaves, None, 0.01, backend)),
@@ -88,6 +261,50 @@ def op_samples(backend, device):
         (ops.linear_fwd, (x, w, None, None, 0.01, False, backend)),
         (ops.linear_backward, (y, x, w, y, "tanh", 0.01, [True, True, True], backend)),
         (ops.linear_backward, (y, None, w, None, None, 0.01, [True, False, False], backend)),
+        (ops.mlp, (x, [w, v], [b, None], "relu", None, 0.01, backend)),
+        (ops.mlp, (leaves[0][None], [leaves[1], v], [leaves[2], None], "silu", "tanh", 0.01, backend)),
+        (ops.mlp_fwd, (x, [w, v], [b, None], "gelu", "silu", 0.01, 0, backend)),
+        (ops.mlp_fwd, (x, [w, v], [None, None], "relu", None, 0.01, 1, backend)),
+        (
+            ops.mlp_backward,
+            (y[:, :2], [x, y], [w, v], [y, None], "silu", None, 0.01, [True] * 5, backend),
+        ),
+        (
+            ops.mlp_backward,
+            (
+                y[:, :2],
+                [None, y],
+                [w, v],
+                [None, y[:, :2]],
+                None,
+                "tanh",
+                0.01,
+                [False, False, True, False, True],
+                backend,
+            ),
+        ),
+        (ops.gated_linear, (x, w12, None, v, None, "silu", 0.01, backend)),
+        (ops.gated_linear, (leaves[0][None], w12, None, None, None, "relu", 0.01, backend)),
+        (ops.gated_linear_fwd, (x, w12, None, v, None, "gelu", 0.01, True, backend)),
+        (ops.gated_linear_fwd, (x, w12, None, None, None, None, 0.01, False, backend)),
+        (
+            ops.gated_linear_backward,
+            (y[:, :2], x, w12, v, torch.cat([y, y], 1), "silu", 0.01, [True] * 5, backend),
+        ),
+        (
+            ops.gated_linear_backward,
+            (
+                y,
+                None,
+                w12,
+                None,
+                torch.cat([y, y], 1),
+                "relu",
+                0.01,
+                [True, False, True, False, False],
+                backend,
+            ),
+        ),
         (ops.activation, (x, "relu", 0.01, backend)),
         (ops.activation, (leaves[0], "gelu", 0.01, backend)),
         (ops.activation_backward, (x, x, "silu", 0.01, backend)),
@@ -97,7 +314,45 @@ def op_samples(backend, device):
         (ops.cross_entropy_fwd, (x, t, weight, "none", -100, 0.1, backend)),
         (ops.cross_entropy_backward, (x.sum(), x, t, None, stats, stats[0, :1], "mean", -100, 0.0, backend)),
         (ops.cross_entropy_backward, (x[:, 0], x, t, weight, stats, none, "none", -100, 0.1, backend)),
+        *softmax_family_samples(x, backend),
+        *norm_samples(leaves[0], *(a[:3].clone().detach().requires_grad_() for a in (b, b)), backend),
+        *linear_cross_entropy_samples(leaves, backend),
+        *loss_samples(leaves[0], backend),
+        *(
+            (op, arguments)
+            for target, kept in ((t, stats), (x.softmax(1), torch.cat([stats, stats[:1]])))
+            for op, arguments in cross_entropy_extra_samples(leaves[0], target, weight, kept, backend)
+        ),
     ]
+
+
+def cross_entropy_extra_samples(leaf, target, weight, stats, backend):
+    """The ops of cross-entropy with extras, on classes or on probabilities."""
+    ops, x, probabilities = torch.ops.dlgpu, leaf.detach(), target.is_floating_point()
+    tokens = x[:, 0].abs()
+    options = (-100, 0.1, 0.01, 3.0, 0.5)
+    target = target.requires_grad_() if probabilities else target
+    yield (
+        ops.cross_entropy_extra,
+        (leaf, target, weight, tokens, "mean", *options, True, not probabilities, True, True, backend),
+    )
+    target = target.detach()
+    plain = (0, 0.0, 0.0, 0.0, 1.0, False, False)
+    yield ops.cross_entropy_extra, (x, target, None, None, "none", *plain, False, False, backend)
+    yield (
+        ops.cross_entropy_extra_fwd,
+        (x, target, weight, tokens, "none", *options, True, not probabilities, backend),
+    )
+    needs = [True, probabilities]
+    saved = (stats, stats[0, :1])
+    yield (
+        ops.cross_entropy_extra_backward,
+        (x.sum(), x[:, 1], x, target, weight, tokens, *saved, "mean", *options, needs, backend),
+    )
+    yield (
+        ops.cross_entropy_extra_backward,
+        (x[:, 0], None, x, target, None, None, *saved, "none", *plain[:5], needs, backend),
+    )
 
 
 def test_every_op_has_a_sample():
@@ -331,10 +586,31 @@ AUTOCAST = {
         )
         for name in ("relu", "gelu", "tanh")
     },
+    "mlp of linear layers": (
+        lambda x, w, v, b: functional.mlp(x, [w, v], [None, b], activation="relu"),
+        lambda x, w, v, b: F.linear(F.relu(F.linear(x, w)), v, b),
+        [(5, 3), (4, 3), (2, 4), (2,)],
+    ),
+    "gated_linear": (
+        lambda x, w, v: functional.gated_linear(x, w, None, v),
+        lambda x, w, v: F.linear(F.silu(F.linear(x, w[:8])) * F.linear(x, w[8:]), v),
+        [(15, 7), (16, 7), (6, 8)],
+    ),
     **{
         name: (getattr(functional, name), lambda x, name=name: lookup(name).eager(x, 0.01), [(5, 3)])
         for name in ACTIVATIONS
     },
+    "layer_norm": (
+        lambda x, w, b: functional.layer_norm(x, (8,), w, b),
+        lambda x, w, b: F.layer_norm(x, (8,), w, b),
+        [(5, 8), (8,), (8,)],
+    ),
+    "rms_norm": (lambda x: functional.rms_norm(x, (8,)), lambda x: F.rms_norm(x, (8,)), [(5, 8)]),
+    "batch_norm": (
+        lambda x, w, b: functional.batch_norm(x, None, None, w, b, True),
+        lambda x, w, b: F.batch_norm(x, None, None, w, b, True),
+        [(15, 8), (8,), (8,)],
+    ),
     **{
         f"cross_entropy {reduction}": (
             lambda x, r=reduction: functional.cross_entropy(x, targets(5, 3, x.device), reduction=r),
@@ -373,12 +649,28 @@ def test_autocast_leaves_float64_alone():
     assert [t.dtype for t in found] == [t.dtype for t in expected] == [torch.float64] * 3
 
 
+LOSSES = ["mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy_with_logits"]
+LOSSES += ["hinge_loss"]
+
 # A call of each public function, by name.
 EXPLAINED = {
     "linear": lambda f, d: f(
         inputs(5, 3, device=d), inputs(4, 3, device=d), inputs(4, device=d), activation="gelu"
     ),
     "cross_entropy": lambda f, d: f(inputs(5, 3, device=d), targets(5, 3, d)),
+    "softmax": lambda f, d: f(inputs(5, 3, device=d), dim=-1),
+    "log_softmax": lambda f, d: f(inputs(5, 3, device=d), dim=-1),
+    "logsumexp": lambda f, d: f(inputs(5, 3, device=d), dim=-1),
+    "linear_cross_entropy": lambda f, d: f(inputs(5, 3, device=d), inputs(4, 3, device=d), targets(5, 4, d)),
+    "layer_norm": lambda f, d: f(inputs(5, 3, device=d), normalized_shape=(3,)),
+    "rms_norm": lambda f, d: f(inputs(5, 9000, device=d), normalized_shape=(9000,)),
+    "batch_norm": lambda f, d: f(
+        inputs(600, 3, device=d), running_mean=None, running_var=None, training=True
+    ),
+    "dropout": lambda f, d: f(inputs(5, 3, device=d)),
+    **{name: lambda f, d: f(inputs(50, 40, device=d), inputs(50, 40, device=d)) for name in LOSSES},
+    "kl_div": lambda f, d: f(inputs(5, 3, device=d), inputs(5, 3, device=d), reduction="batchmean"),
+    "multi_margin_loss": lambda f, d: f(inputs(600, 5, device=d), targets(600, 5, d)),
     **{name: lambda f, d: f(inputs(5, 3, device=d)) for name in ACTIVATIONS},
 }
 
@@ -517,7 +809,7 @@ def specialization(name, kernel, args, meta):
     ],
 )
 def test_a_partial_last_batch_compiles_nothing_new(device, launches, sizes, dtype):
-    """64 is divisible by 16 and 29 is not; 1 is what Triton turns into a constant; 128 is more than one tile."""
+    """64 is divisible by 16 and 29 is not; 1 is what Triton turns into a constant. Up to 64 rows are one bucket of tiles."""
     first, second = (
         dlgpu.nn.Linear(*sizes[i : i + 2], activation=name, device=device, dtype=dtype)
         for i, name in enumerate(("gelu", None))
@@ -534,5 +826,50 @@ def test_a_partial_last_batch_compiles_nothing_new(device, launches, sizes, dtyp
     with dlgpu.use_backend("triton"):
         known = step(64)
         assert len(known) > 10
+        for batch in (29, 1, 48):
+            assert sorted(step(batch) - known) == []
+
+
+def test_a_partial_last_batch_of_losses_compiles_nothing_new(device, launches):
+    """One program sums it, and then launches no sum over programs; a vector of weights is as long as a batch of one."""
+    q = torch.rand(40, device=device)
+
+    def step(batch):
+        launches.clear()
+        x, t = (inputs(batch, 40, device=device) for _ in range(2))
+        x.requires_grad_()
+        loss = functional.binary_cross_entropy_with_logits(x, t, pos_weight=q) + functional.mse_loss(x, t)
+        (loss + functional.multi_margin_loss(x, targets(batch, 40, device), weight=q)).backward()
+        return {specialization(*launch) for launch in launches}
+
+    launches.dry = True
+    with dlgpu.use_backend("triton"):
+        known = step(64)
+        assert len(known) == 7
         for batch in (29, 1, 128):
             assert sorted(step(batch) - known) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_compile_nothing_new_for_a_partial_batch(device, launches, dtype):
+    layers = torch.nn.Sequential(
+        dlgpu.nn.BatchNorm1d(48, activation="relu"),
+        dlgpu.nn.LayerNorm(48),
+        dlgpu.nn.Dropout(),
+        dlgpu.nn.RMSNorm(48),
+    ).to(device, dtype)
+
+    def step(batch, training):
+        launches.clear()
+        x = inputs(batch, 48, device=device, dtype=dtype).requires_grad_()
+        y = layers.train(training)(x)
+        y.backward(torch.ones_like(y))
+        return {specialization(*launch) for launch in launches}
+
+    launches.dry = True
+    with dlgpu.use_backend("triton"):
+        for training, many in ((True, 64), (True, 1024), (False, 64)):
+            known = step(many, training)
+            assert len(known) >= 9 - (many == 64)
+            for batch in (many - 35, 2 if many == 64 else 515, many * 2 + 385 * (many == 1024)):
+                assert sorted(step(batch, training) - known) == []

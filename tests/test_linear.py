@@ -1,5 +1,8 @@
 """Fused linear + bias + activation against torch, forward and backward, on every backend."""
 
+import dataclasses
+import itertools
+
 import hypothesis
 import hypothesis.strategies as st
 import pytest
@@ -7,6 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import dlgpu.functional
+from dlgpu.bench import machine_code
+from dlgpu.kernels import _triton, configs, linear
 from dlgpu.kernels.activations import ACTIVATIONS, lookup
 from tolerance import LAYOUTS, PAIRS, assert_accurate, assert_conforms, assert_same_bits, bits, run
 
@@ -14,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 # (activation, negative slope); a negative one turns the sign of y against that of z.
 ACTS = [(None, 0.0), *((name, 0.01) for name in ACTIVATIONS), ("leaky_relu", -0.5)]
-# A GEMM's tile is 32 or 64 rows x 64 columns x 32 or 64 deep, for large 16-bit results 128 x 128 x 64.
+# float32 tiles are 64 x 64 x 32; test_every_tile has the 16-bit ones.
 SHAPES = [
     (1, 1, 1),
     (2, 1, 3),
@@ -100,6 +105,89 @@ def test_layouts(backend, device, layout, which):
         assert_conforms(ours(activation), theirs(activation), (x, w, b), lambda y: upstream)
 
 
+def reachable_tiles():
+    """Each tile of the kernels that configs.py gives on some GPU at 16 bits, with an example of where."""
+    found = {}
+    grid = itertools.product(
+        (80, 90, 120), (1, 300, 3000, 10000), (16, 64, 130, 1024, 4096), (64, 2048), *[(False, True)] * 4
+    )
+    for capability, M, N, K, gradient, split, aligned, aligned_out in grid:
+        memory = machine_code.shared_memory_limit(capability)
+        # The flags are functions of the shape in a call, and not here.
+        flags = {"gradient": gradient, "split": split, "aligned": aligned, "aligned_out": aligned_out}
+        tile = configs.linear_tile(capability, memory, torch.bfloat16, M, N, K, None, False, **flags)
+        if isinstance(tile, configs.MatmulTile):
+            found.setdefault(dataclasses.replace(tile, reason=""), None)
+    return list(found)
+
+
+@pytest.mark.skipif(not _triton.INTERPRETED, reason="tiles for other GPUs than this one")
+@pytest.mark.parametrize(
+    ("tile", "aligned"),
+    [(tile, aligned) for tile in reachable_tiles() for aligned in (True, False) if aligned or not tile.tma],
+    ids=lambda value: (
+        str(value) if isinstance(value, bool) else "-".join(map(str, dataclasses.astuple(value)))
+    ),
+)
+def test_every_tile(monkeypatch, tile, aligned):
+    """More than a tile each way, on every tile: forward with z, the layer beneath's dZ and db, dW in parts."""
+    monkeypatch.setattr(configs, "linear_tile", lambda *args, **kwargs: tile)
+    monkeypatch.setattr(configs, "linear_parts", lambda *args: 3)
+    odd = 0 if aligned else 1
+    M, N, K = tile.block_m + 6, tile.block_n + 8 + odd, 3 * tile.block_k - 24 + odd
+    x, w, b = sample(M, K, N, torch.bfloat16)
+    dz, saved = torch.randn(M, N, dtype=torch.bfloat16), torch.randn(M, K, dtype=torch.bfloat16)
+
+    def reference(dtype):
+        X, W, B, DZ, S = (t.to(dtype) for t in (x, w, b, dz, saved))
+        z = F.linear(X, W, B)
+        dz_beneath = lookup("gelu").eager_gradient(DZ @ W, S, 0.0)
+        return F.gelu(z), z, dz_beneath, dz_beneath.sum(0), DZ.t() @ X
+
+    found = (
+        *linear.linear_fwd(x, w, b, "gelu", 0.0, True),
+        *linear.linear_dgrad(dz, w, saved, "gelu", 0.0, True),
+        linear.linear_wgrad(dz, x),
+    )
+    names = ("y", "z", "dz beneath", "db beneath", "dw")
+    for name, *tensors in zip(names, found, reference(torch.float64), reference(torch.bfloat16), strict=True):
+        assert_accurate(*tensors, name)
+    # The column sums of the result and not of its rounding.
+    assert_same_bits(linear.linear_dgrad(dz, w, saved, "gelu", 0.0, True), found[2:4])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_infinite_weight_above(device, dtype):
+    """Rows of a tile past the last are 0 times the weight: they stay out of the column sums."""
+    dz, w, saved = (torch.rand(shape, dtype=dtype, device=device) for shape in ((3, 16), (16, 8), (3, 8)))
+    w[2, 5] = float("inf")
+    dx, db = linear.linear_dgrad(dz, w, saved, "silu", 0.0, True)
+    for t in (dx.sum(0), db):
+        assert t[5] == float("inf")
+        assert t.isnan().sum() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("K", [1, 8, 500, 4096, 16384])
+def test_depth(backend, device, dtype, K):
+    """Sums are float32 however deep."""
+    # Gradients of the deepest would be hundreds of tiles.
+    frozen = [0, 1] if K > 4096 else []
+    assert_conforms(ours("relu"), theirs("relu"), sample(9, K, 16, dtype, device), frozen=frozen)
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_a_batch_in_parts(backend, device, launches, activation):
+    """Few tiles of dW and a long batch: float32 sums of parts, the same bits each time."""
+    inputs = sample(2056, 24, 16, torch.bfloat16, device)
+    upstream = torch.randn(2056, 16, dtype=torch.bfloat16, device=device)
+    found = assert_conforms(ours(activation), theirs(activation), inputs, lambda y: upstream)
+    assert_same_bits(run(ours(activation), inputs, lambda y: upstream), found)
+    if backend == "triton" and _triton.INTERPRETED:
+        sums = [args for name, _, args, _ in launches if name == "_sum_kernel"]
+        assert [args[2] for args in sums[:2]] == [33, 2]
+
+
 def test_bias_with_strides(backend, device):
     x, w, b = sample(5, 3, 4, device=device)
     for bias in (torch.randn(8, device=device)[::2], b[:1].expand(4)):
@@ -183,7 +271,7 @@ def test_nothing_needless_runs(backend, device, launches, needs, activation):
     if backend == "triton":
         needs_dz = activation is not None or needs_b
         wanted = ["_linear_kernel"]
-        wanted += ["_linear_dz_kernel"] * needs_dz + ["_column_sum_kernel"] * needs_b
+        wanted += ["_linear_dz_kernel"] * needs_dz + ["_sum_kernel"] * needs_b
         wanted += ["_linear_kernel"] * (needs_x + needs_w)
         assert [name for name, *_ in launches] == wanted
         forward = dict(zip(launches[0][1].arg_names, launches[0][2], strict=False))
@@ -208,7 +296,8 @@ def test_without_gradient_no_z_is_written(device, launches):
         for context in (torch.no_grad, torch.inference_mode):
             with context():
                 assert_same_bits([ours("gelu")(*leaves)], [y])
-    assert [args[4] is None for _, _, args, _ in launches] == [False, True, True]
+    forward = [dict(zip(kernel.arg_names, args, strict=False)) for _, kernel, args, _ in launches]
+    assert [args["z_ptr"] is None for args in forward] == [False, True, True]
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])

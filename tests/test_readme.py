@@ -38,8 +38,11 @@ MODULES = [
     "dlgpu.functional",
     "dlgpu.nn",
     "dlgpu.optim",
+    "dlgpu.ops.gated",
     "dlgpu.ops.linear",
+    "dlgpu.ops.mlp",
     "dlgpu.ops.cross_entropy",
+    "dlgpu.ops.losses",
 ]
 
 

@@ -26,11 +26,13 @@ BLOCK = 1 << 15
 np.empty(31 << 20, np.uint8)
 
 
-def for_blocks(function: Callable[[int, int], None], rows: int, width: int, like: Any) -> None:
-    """Calls function(start, stop) over the rows [0, rows), each of `width` elements, block by block."""
-    if type(like) is not np.ndarray or rows * width <= BLOCK:
+def for_blocks(
+    function: Callable[[int, int], None], rows: int, width: int, like: Any, elements: int = BLOCK
+) -> None:
+    """Calls function(start, stop) over the rows [0, rows), each of `width` elements, in blocks of `elements`."""
+    if type(like) is not np.ndarray or rows * width <= elements:
         function(0, rows)
         return
-    step = max(1, BLOCK // width)
+    step = max(1, elements // width)
     for start in range(0, rows, step):
         function(start, min(start + step, rows))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from dlgpu import _checks, _dispatch
 from dlgpu._arrays import to_array, to_tensor
 from dlgpu.fallback import linear as arrays
-from dlgpu.kernels import _triton, configs
+from dlgpu.kernels import configs
 from dlgpu.kernels import linear as kernels
 from dlgpu.kernels.activations import lookup, saved_for_backward
 
@@ -369,7 +369,7 @@ def _explain(
     _checks.require_tensor("linear", "input", input)
     _checks.require_tensor("linear", "weight", weight)
     _check(input, weight, bias, activation)
-    N, K = weight.shape
+    N = weight.shape[0]
 
     def steps(backend: str) -> list[tuple[str, str]]:
         saves = saved_for_backward(activation, negative_slope)
@@ -383,21 +383,23 @@ def _explain(
                 ("forward", "BLAS product, then bias and activation in place"),
                 ("backward", f"activation's gradient from {saves}, then two BLAS products"),
             ]
-        limits = _triton.device_limits(input.device)[:2]
+        # On a CPU tensor as on the interpreter's stand-in for a GPU.
+        tiles = kernels.linear_tiles(_rows(input), weight, activation, saves == "z")
 
-        aligned = N % 16 == 0 and K % 16 == 0
-
-        def product(columns: int) -> str:
-            return str(configs.linear_tile(*limits, input.dtype, columns, aligned) or configs.NO_LINEAR_TILE)
+        def product(name: str) -> tuple[str, str]:
+            tile = tiles[name]
+            if isinstance(tile, configs.CuBlas):
+                return f"cuBLAS ({name})", str(tile)
+            return f"{'_linear_tma_kernel' if tile.tma else '_linear_kernel'} ({name})", str(tile)
 
         # What a training step launches; without activation and bias there is no pass for dZ.
         dz = [("_linear_dz_kernel", f"{configs.linear_dz_tile(input.dtype, N)}; saved: {saves}")]
         return [
-            ("_linear_kernel (y)", product(N)),
+            product("y"),
             *(dz if saves or bias is not None else []),
-            *([("_column_sum_kernel", "adds the strips' sums into db")] if bias is not None else []),
-            ("_linear_kernel (dx)", product(K)),
-            ("_linear_kernel (dw)", product(K)),
+            *([("_sum_kernel", "adds the strips' sums into db")] if bias is not None else []),
+            product("dx"),
+            product("dw"),
         ]
 
     return input, steps

@@ -1,0 +1,512 @@
+"""Measures the tiles of the linear products on this GPU and writes a table for kernels/tuned/.
+
+Tuning a product by itself misleads: what it leaves in the caches is another's start. So a layer's products are chosen one
+after the other, each by the time of forward and backward together. Before anything is measured, processes of their own
+compile every candidate, which needs no GPU: what spills registers or takes too much shared memory drops out, and Triton's
+cache holds the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from dlgpu.kernels import _triton, configs, linear, tuning
+from dlgpu.kernels.activations import ACTIVATIONS, lookup, saved_for_backward
+
+from .environment import PACKAGE, UsageError, choose_device, cores, describe, find_gpu
+
+__all__ = ["Layer", "command", "prune", "tune_linear"]
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# M x N x K: large to small depth, and a layer of an MLP of width 1024.
+SHAPES = (
+    "8192x8192x8192",
+    "8192x14336x4096",
+    "8192x8192x1024",
+    "16384x4096x512",
+    "65536x1024x256",
+    "16384x1024x1024",
+)
+BUDGET_S = 480.0
+# A product is about a third of the time that is scored.
+JOINT_GAIN = tuning.GAIN / 4
+JOINT_ROUNDS = 31
+WORKERS = 16
+COMPILE_TIMEOUT_S = 240.0
+SLOPE = 0.01
+
+Say = Callable[[str], object]
+# (key, tile) -> whether it is worth measuring.
+Pruned = set[tuple[tuning.LinearKey, tuning.Tile]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """act(x w^T + b), x [M, K] and w [N, K]."""
+
+    M: int
+    N: int
+    K: int
+    activation: str | None
+    dtype: torch.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How much is measured; a rehearsal takes as little as exercises everything."""
+
+    candidates: int | None = None
+    gain: float = tuning.GAIN
+    joint_gain: float = JOINT_GAIN
+    rounds: int = tuning.ROUNDS
+    joint_rounds: int = JOINT_ROUNDS
+    screening: int = tuning.SCREENING
+    finalists: int = tuning.FINALISTS
+    refined: int = tuning.REFINED
+
+
+REHEARSAL = Settings(candidates=2, rounds=1, joint_rounds=1, screening=1, finalists=1, refined=1)
+
+Call = Callable[[], Sequence[torch.Tensor | None]]
+
+
+def _calls(layer: Layer, device: torch.device) -> Iterator[tuple[str, Call]]:
+    """(what is scored, the call) of a layer, on launchers, since backward's products must run in this thread: forward and
+    backward, evaluation, and the gradient of a layer that lies above another."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device).mul_(scale).to(layer.dtype)
+
+    M, N, K, act = layer.M, layer.N, layer.K, layer.activation
+    x, w, b, dy = normal(M, K), normal(N, K, scale=K**-0.5), normal(N), normal(M, N)
+    saves = saved_for_backward(act, SLOPE)
+
+    def step() -> Sequence[torch.Tensor | None]:
+        y, z = linear.linear_fwd(x, w, b, act, SLOPE, saves == "z")
+        saved = {"y": y, "z": z}.get(saves or "")
+        return y, *linear.linear_bwd(dy, x, w, saved, act, SLOPE, (True, True, True))
+
+    yield "fwd+bwd", step
+    yield "alone", lambda: linear.linear_fwd(x, w, b, act, SLOPE, False)[:1]
+    if saves is not None:
+        beneath = lookup(act).eager(normal(M, K), SLOPE) if saves == "y" else normal(M, K)
+        yield "alone", lambda: linear.linear_dgrad(dy, w, beneath, act, SLOPE, True)
+
+
+class _Asked(dict[tuning.LinearKey, tuning.Tile]):
+    """No tiles, and a note of whose was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys_asked: list[tuning.LinearKey] = []
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        if key not in self.keys_asked:
+            self.keys_asked.append(key)
+        return default
+
+
+def _keys(call: Call, where: tuning.Table) -> list[tuning.LinearKey]:
+    """The products that a call launches, in order."""
+    asked = _Asked()
+    with tuning.forced(where, asked):
+        call()
+    return asked.keys_asked
+
+
+def _candidates(key: tuning.LinearKey, where: tuning.Table, most: int | None) -> tuple[tuning.Tile, ...]:
+    """configs.py's choice and others; of a few only, its smallest rival."""
+    found = tuning.candidates(where.limits, key)
+    if most is None:
+        return found
+    rivals = [tile for tile in found[1:] if isinstance(tile, configs.MatmulTile)]
+    return (
+        found[0],
+        *sorted(rivals, key=lambda tile: tile.block_m * tile.block_n * tile.block_k)[: most - 1],
+    )
+
+
+def tune_linear(
+    layers: Sequence[Layer],
+    where: tuning.Table,
+    timer: tuning.Timer,
+    out: Path,
+    about: Mapping[str, str],
+    *,
+    settings: Settings = Settings(),
+    budget_s: float = BUDGET_S,
+    say: Say = print,
+) -> int:
+    """Measures the products of some layers and writes the table as each is chosen; what `out` holds of this card already
+    stays and is not measured again. Gives the number of products left for another run."""
+    start = time.monotonic()
+    tiles = tuning.read(out, where.card, where.limits)
+    entries = [tuning.entry(key, tile) for key, tile in tiles.items()]
+    if tiles:
+        say(f"{len(tiles)} products are in {out.name} already")
+        entries = [value for value in json.loads(out.read_bytes())["entries"] if _key(value, where) in tiles]
+    wanted: dict[tuning.LinearKey, None] = {}
+    for layer in layers:
+        for _, call in _calls(layer, where.device):
+            wanted |= dict.fromkeys(_keys(call, where))
+    todo = {key: _candidates(key, where, settings.candidates) for key in wanted if key not in tiles}
+    say(f"compiling {sum(map(len, todo.values()))} candidates of {len(todo)} products")
+    dropped = prune(todo, where.limits)
+    say(f"{len(dropped)} spill registers or take too much shared memory")
+    for layer in layers:
+        for scored, call in _calls(layer, where.device):
+            joint = scored == "fwd+bwd"
+            for key in _keys(call, where):
+                if key in tiles or time.monotonic() - start > budget_s:
+                    continue
+
+                def run(tile: tuning.Tile, key: tuning.LinearKey = key, call: Call = call) -> Any:
+                    with tuning.forced(where, {**tiles, key: tile}), torch.no_grad():
+                        return call()
+
+                found = tuning.choose(
+                    run,
+                    [tile for i, tile in enumerate(todo[key]) if i == 0 or (key, tile) not in dropped],
+                    timer,
+                    gain=settings.joint_gain if joint else settings.gain,
+                    rounds=settings.joint_rounds if joint else settings.rounds,
+                    screening=settings.screening,
+                    finalists=settings.finalists,
+                    refined=settings.refined,
+                )
+                tiles[key] = found.tile
+                entries.append(tuning.entry(key, found.tile, found, scored))
+                tuning.write(out, tuning.document(where.card, where.limits[0], entries, **about))
+                say(_line(key, found, scored))
+    return sum(key not in tiles for key in wanted)
+
+
+def _key(value: Any, where: tuning.Table) -> tuning.LinearKey | None:
+    try:
+        return tuning.parse(value, where.limits)[0]
+    except tuning.BadError:
+        return None
+
+
+def _line(key: tuning.LinearKey, found: tuning.Choice, scored: str) -> str:
+    """One line for people."""
+    kind = "dW" if key.split else f"{key.activation}'" if key.gradient else key.activation or "plain"
+    layout = f"{'T' if key.a_t else 'N'}{'T' if key.b_t else 'N'}"
+    tile = found.tile
+    what = (
+        "cuBLAS"
+        if isinstance(tile, configs.CuBlas)
+        else f"{tile.block_m}x{tile.block_n}x{tile.block_k}, {tile.num_warps} warps, {tile.num_stages} stages"
+    )
+    return (
+        f"{key.M}x{key.N}x{key.K} {layout} {kind}{' with z' if key.saves_z else ''}: {what}; "
+        f"{1e6 * found.best_s[1]:.1f} us {scored}, {found.ratio:.3f} of the default's {1e6 * found.default_s[1]:.1f}"
+    )
+
+
+def prune(
+    todo: Mapping[tuning.LinearKey, Sequence[tuning.Tile]], limits: Sequence[int], workers: int = WORKERS
+) -> Pruned:
+    """The candidates whose machine code spills registers or takes more shared memory than there is. One that could not be
+    looked at in time is none of them."""
+    tasks = [
+        (key, tile) for key, tiles in todo.items() for tile in tiles if isinstance(tile, configs.MatmulTile)
+    ]
+    # Kernels with descriptors know nothing of sizes: one binary serves many shapes.
+    groups: dict[Any, list[tuple[tuning.LinearKey, tuning.Tile]]] = {}
+    for key, tile in tasks:
+        same = key if key.split or not tile.tma else key._replace(M=0, N=0, K=0)
+        groups.setdefault((same, dataclasses.replace(tile, reason="")), []).append((key, tile))
+    first = [members[0] for members in groups.values()]
+    # Starting a process takes as long as a few compilations.
+    count = max(1, min(workers, cores(), -(-len(first) // 12)))
+    found: Pruned = set()
+    answers: list[dict[int, bool]] = [{} for _ in range(count)]
+    threads = [
+        threading.Thread(
+            target=_worker, args=([(i, *first[i]) for i in range(w, len(first), count)], limits, answers[w])
+        )
+        for w in range(count)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    members = list(groups.values())
+    for answer in answers:
+        for i, good in answer.items():
+            if not good:
+                found |= set(members[i])
+    return found
+
+
+def _worker(
+    tasks: Sequence[tuple[int, tuning.LinearKey, tuning.Tile]],
+    limits: Sequence[int],
+    answers: dict[int, bool],
+) -> None:
+    """Has a process look at some candidates; answers: number -> whether it is worth measuring."""
+    if not tasks:
+        return
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    path = [p for p in (environment.get("PYTHONPATH"), str(PACKAGE.parent)) if p]
+    environment |= {"PYTHONPATH": os.pathsep.join(path), "CUDA_VISIBLE_DEVICES": "", "DLGPU_TUNE": "0"}
+    lines = [json.dumps({"i": i, "entry": tuning.entry(key, tile)}) for i, key, tile in tasks]
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "dlgpu.bench.tune", *map(str, limits)],
+            input="\n".join(lines),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            timeout=COMPILE_TIMEOUT_S,
+            env=environment,
+            check=False,
+        )
+        said = done.stdout
+    except subprocess.TimeoutExpired as late:
+        said = (late.stdout or b"").decode() if isinstance(late.stdout, bytes) else late.stdout or ""
+    # The last line of a process that was ended may be half a one.
+    for line in said.splitlines(keepends=True):
+        if line.endswith("\n"):
+            answer = json.loads(line)
+            answers[answer["i"]] = answer["good"]
+
+
+class _Driver:
+    """Stands for the driver of a GPU of some capability: as much of it as a launch asks for that only compiles."""
+
+    def __init__(self, capability: int) -> None:
+        self._capability = capability
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self._capability, 32)
+
+
+def examine(key: tuning.LinearKey, tile: tuning.Tile, limits: Sequence[int]) -> bool:
+    """Whether the GEMM's machine code for a tile spills nothing and fits; for a process whose kernels are not interpreted.
+
+    It is compiled the way that a launch is, so that the launch finds it in Triton's cache.
+    """
+    from triton.runtime.driver import driver
+
+    from . import machine_code
+
+    compiled: list[Any] = []
+
+    def compile_only(kernel: Any, grid: Any, *args: Any, **meta: Any) -> None:
+        compiled.append(kernel.warmup(*args, grid=grid, enable_fp_fusion=True, **meta))
+
+    def empty(rows: int, columns: int, transposed: bool = False) -> torch.Tensor:
+        shape = (columns, rows) if transposed else (rows, columns)
+        t = torch.empty(shape, dtype=key.dtype, device="meta")
+        return t.t() if transposed else t
+
+    where = tuning.Table("", (limits[0], limits[1], limits[2]), torch.device("meta"))
+    a, b = empty(key.M, key.K, key.a_t), empty(key.K, key.N, key.b_t)
+    forward = not (key.split or key.gradient)
+    driver.set_active(_Driver(limits[0]))
+    with (
+        mock.patch.multiple(linear, launch=compile_only, device_limits=lambda device: where.limits),
+        mock.patch.object(linear, "matmul_precision", return_value=key.precision),
+        tuning.forced(where, {key: tile}),
+    ):
+        linear._product(
+            a,
+            b,
+            bias=empty(1, key.N)[0] if forward and key.b_t else None,
+            saved=empty(key.M, key.N) if key.gradient else None,
+            activation=key.activation,
+            save_z=key.saves_z,
+            sums=key.gradient,
+            split=key.split,
+        )
+    code = machine_code.read(compiled[0], limits[0])
+    return not code.spills and code.shared_bytes <= limits[1]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The process that `prune` starts: candidates on standard input, one a line, answers on standard output."""
+    limits = [int(argument) for argument in arguments]
+    # Compilers print, too.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        task = json.loads(line)
+        try:
+            good = examine(*tuning.parse(task["entry"], limits), limits)
+        except Exception:
+            # What does not compile is not worth a GPU's time.
+            good = False
+        print(json.dumps({"i": task["i"], "good": good}), file=answers, flush=True)
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    try:
+        M, N, K = map(int, text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be MxNxK, got {text!r}") from None
+    if min(M, N, K) < 1:
+        raise argparse.ArgumentTypeError(f"must be positive sizes, got {text!r}")
+    return M, N, K
+
+
+def _activation(text: str) -> str | None:
+    if text != "none" and text not in ACTIVATIONS:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected none, {', '.join(ACTIVATIONS)}")
+    return None if text == "none" else text
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `tune`."""
+    parser.add_argument("op", choices=("linear",), help="whose tiles")
+    parser.add_argument(
+        "--shapes", nargs="+", type=_shape, metavar="MxNxK", help=f"default: {' '.join(SHAPES)}"
+    )
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="default: bf16")
+    parser.add_argument(
+        "--activations",
+        nargs="+",
+        type=_activation,
+        metavar="NAME",
+        help="default: relu gelu",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the table, gone on with if it is there; default: bench-results/<card>.json",
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=BUDGET_S,
+        metavar="SECONDS",
+        help="nothing new is begun after it; default: %(default).0f",
+    )
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="without a GPU: the same code on tiny layers, interpreted, with two tiles a product; its table is of no use",
+    )
+
+
+def command(options: argparse.Namespace, say: Say = print) -> int:
+    """Runs `tune`; gives the exit status.
+
+    Raises:
+        UsageError: no usable GPU, or the table cannot be written.
+    """
+    if options.rehearse:
+        return _rehearse(options, say)
+    gpu = find_gpu()
+    if gpu is None:
+        raise UsageError("tune: no NVIDIA GPU was found here (--rehearse runs the same code without one)")
+    device, why = choose_device("cuda", gpu)
+    if _triton.INTERPRETED:
+        raise UsageError("tune: TRITON_INTERPRET is set, and interpreted kernels have no speed to speak of")
+    where = _this_card()
+    about = _about(describe(device, why, gpu))
+    out = options.out or Path("bench-results") / f"{tuning.slug(where.card)}.json"
+    shapes = options.shapes or [_shape(text) for text in SHAPES]
+    return _run(
+        options, shapes, where, tuning.EventTimer(where.device), out, about, say, Settings(), options.budget
+    )
+
+
+def _this_card() -> tuning.Table:
+    device = torch.device("cuda", torch.cuda.current_device())
+    return tuning.Table(torch.cuda.get_device_name(device), _triton.device_limits(device), device)
+
+
+def _about(environment: Mapping[str, Any]) -> dict[str, str]:
+    """What a table says of its making: no host, user or path."""
+    git = environment["git"] or {"commit": "unknown", "modified": False}
+    return {
+        "dlgpu": environment["dlgpu"],
+        "torch": environment["torch"],
+        "cuda": environment["torch_cuda"] or "none",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": f"{git['commit']}{', modified' if git['modified'] else ''}",
+    }
+
+
+def _run(
+    options: argparse.Namespace,
+    shapes: Sequence[tuple[int, int, int]],
+    where: tuning.Table,
+    timer: tuning.Timer,
+    out: Path,
+    about: Mapping[str, str],
+    say: Say,
+    settings: Settings,
+    budget_s: float,
+) -> int:
+    activations = options.activations or (["gelu"] if options.rehearse else ["relu", "gelu"])
+    dtype = DTYPES[options.dtype]
+    layers = [Layer(*shape, activation, dtype) for shape in shapes for activation in activations]
+    try:
+        left = tune_linear(layers, where, timer, out, about, settings=settings, budget_s=budget_s, say=say)
+    except OSError as error:
+        raise UsageError(f"tune: cannot write {out} ({error.strerror})") from error
+    say(f"{out}: " + (f"{left} products are left for another run" if left else "complete"))
+    return 0
+
+
+def _rehearse(options: argparse.Namespace, say: Say) -> int:
+    if not _triton.INTERPRETED:
+        # The choice is made when kernels are defined: a process of its own.
+        arguments = [sys.executable, "-m", "dlgpu.bench", "tune", options.op, "--rehearse"]
+        arguments += ["--dtype", options.dtype]
+        arguments += [] if options.out is None else ["--out", str(options.out)]
+        if options.shapes:
+            arguments += ["--shapes", *("x".join(map(str, shape)) for shape in options.shapes)]
+        if options.activations:
+            arguments += ["--activations", *(name or "none" for name in options.activations)]
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.run(arguments, env=environment, check=False, timeout=600).returncode
+
+    def timer(function: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+
+    device = torch.device("cpu")
+    where = tuning.Table("Triton's interpreter", _triton.device_limits(device), device)
+    about = _about(describe("cpu", "a rehearsal", None))
+    with tempfile.TemporaryDirectory() as folder:
+        out = options.out or Path(folder) / "rehearsal.json"
+        status = _run(
+            options, options.shapes or [(24, 16, 40)], where, timer, out, about, say, REHEARSAL, 600.0
+        )
+        if not tuning.read(out, where.card, where.limits):
+            raise RuntimeError("the rehearsal's table cannot be read")
+    return status
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
