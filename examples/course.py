@@ -53,8 +53,7 @@ def save(figure: plt.Figure, args: argparse.Namespace, name: str) -> Path:
     path = args.out / f"{name}.png"
     figure.savefig(path)
     plt.close(figure)
-    # 256 colours are enough for lines and letters, at half of the bytes; this way of choosing them keeps rare ones.
-    colours = PIL.Image.open(path).convert("RGB").quantize(256, PIL.Image.Quantize.MAXCOVERAGE)
-    colours.save(path, optimize=True)
+    # 256 colours are enough for lines and letters, at half of the bytes.
+    PIL.Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
     print(f"plot: {path}")
     return path

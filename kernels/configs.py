@@ -1,8 +1,8 @@
 """Every tile, warp and stage number of the kernels, as pure functions of (capability, shared-memory limit, dtype, shape).
 
 No number here was tuned on a GPU yet. They come from the machine code: tiles that compile with no spilled register, and with
-shared memory within the limit, on capabilities 7.5, 8.0, 8.6, 8.9, 9.0, 10.0 and 12.0. The compile tests check both for each
-entry. Known to spill still: a few 16-bit forward products with unaligned rows, on 8.x, 10.0 and 12.0; `make sweep` names them.
+shared memory within the limit, on capabilities 7.5, 8.0, 8.6, 8.9, 9.0, 10.0 and 12.0. `make test` checks both for chosen
+entries, `make sweep` for each that can be reached. Tables measured on a card (tuned/) come before the linear products' tiles.
 """
 
 from __future__ import annotations

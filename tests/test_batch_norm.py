@@ -175,6 +175,13 @@ def test_large_means(backend, device, shape, mean):
     torch.testing.assert_close(kept[0].double(), truth[1], rtol=2e-7, atol=0)
 
 
+def test_a_drifting_batch(backend, device):
+    """Each strip and each block of rows has a mean of its own, far from the first one's."""
+    (x, *parameters), _ = sample((3000, 24), device=device)
+    x += torch.linspace(0, 20, 3000, device=device)[:, None]
+    assert_conforms(*functions((None, None), True), [x, *parameters])
+
+
 @pytest.mark.parametrize("bad", [NAN, INF])
 @pytest.mark.parametrize("rows", [9, 600])
 def test_nan_and_infinity(backend, device, rows, bad):

@@ -103,7 +103,7 @@ def test_all_gradients_zero_vanish():
 def test_tiny_gradients_do_not_underflow():
     model = chain([1.0])
     model[0].weight.grad = torch.full((1, 1), 1e-30)
-    assert gradient_norms(model).total_norm == pytest.approx(1e-30, abs=0)
+    assert gradient_norms(model).total_norm == pytest.approx(1e-30, rel=1e-6, abs=0)
 
 
 def test_gradient_norms_refuses():
@@ -389,6 +389,7 @@ STUCK = [1.0, 0.8, 0.7, 0.7, 0.7]
         ({"train_loss": FALLING, "val_loss": [1.0, 0.09, 0.3, 0.4, 0.5]}, "overfitting"),
         ({"train_loss": FALLING, "val_loss": [1.0, 0.6, 0.6, 0.6, 0.6]}, "overfitting or mismatch"),
         ({"train_loss": FALLING, "val_loss": [1.0, 0.6, 0.6, 0.6, math.nan]}, "overfitting or mismatch"),
+        ({"train_loss": FALLING, "val_loss": [1.0, 0.05, 0.6, 0.6, math.nan]}, "overfitting"),
         ({"train_loss": FALLING, "val_loss": [1.0, 0.6, 0.6, 0.6, 0.6], "holdout_loss": 0.5}, "overfitting"),
         ({"train_loss": FALLING, "val_loss": [1.0, 0.6, 0.6, 0.6, 0.6], "holdout_loss": FALLING}, "mismatch"),
         ({"train_loss": STUCK, "val_loss": STUCK, "target_loss": 0.7}, "good fit"),
@@ -418,7 +419,9 @@ def test_the_end_of_a_curve_is_averaged():
 def test_a_loss_that_still_falls_is_evidence():
     report = fit_report({"train_loss": np.linspace(2, 1, 50)})
     assert any("still falling" in line for line in report.evidence)
-    assert not any("still falling" in line for line in fit_report({"train_loss": [2, *[1.0] * 49]}).evidence)
+    # Flat at the end, and falling by less than the margin.
+    for curve in ([2, *[1.0] * 49], np.linspace(2, 1.9, 50)):
+        assert not any("still falling" in line for line in fit_report({"train_loss": curve}).evidence)
 
 
 @pytest.mark.parametrize(
