@@ -441,6 +441,8 @@ def _row_major(t: torch.Tensor, transposed_first: bool = False) -> tuple[torch.T
         # Overlapping rows, of an expanded tensor, are beyond a descriptor.
         if (columns == 1 or storage.stride(1) == 1) and (rows == 1 or storage.stride(0) >= columns):
             return storage, transposed
+    if t.layout is not torch.strided:
+        raise NotImplementedError(f"linear: takes no {t.layout} matrix")
     return t.contiguous(), False
 
 

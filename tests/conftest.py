@@ -95,6 +95,11 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+def pytest_collectstart() -> None:
+    # Torch's own test data, which some modules import, loads a profile of its own; tests take the one of their import.
+    hypothesis.settings.load_profile("dlgpu")
+
+
 @pytest.fixture(params=["fallback", "triton"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The test runs under use_backend of this."""
