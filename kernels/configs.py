@@ -205,7 +205,7 @@ def linear_tile(
         warps, stages = 8 if capability >= 100 else 4, 4 if tma else 3
         return tile(64, 64, warps, stages, 1, 2, "rows of the result not aligned: 2-byte stores by pointers")
     if rows <= 64 and (N < 128 or fills(64, 128)):
-        warps = 8 if capability == 120 else 4
+        warps = 4 if capability in (90, 100) else 8
         return tile(64, 128, warps, 4 if large_memory else 3, 1, 1, "few rows: one row of tiles")
     if N > 64 and fills(128, 128):
         if not tma:
