@@ -6,14 +6,16 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import click
 import torch
 
 from dlgpu.kernels.activations import ACTIVATIONS
 
 from . import byte_model, digits, interpreted
-from .environment import Others
+from .environment import Others, UsageError, choose_device, describe, find_gpu, header
 from .harness import CpuTimer, Stop, Timer, paired
 from .providers import (
     PROVIDERS,
@@ -28,7 +30,7 @@ from .providers import (
 )
 from .report import Console, Results, timing_row
 
-__all__ = ["SECTIONS", "Context", "Job", "plan", "run"]
+__all__ = ["SECTIONS", "Context", "Job", "command", "gpu", "plan", "run"]
 
 Row = dict[str, Any]
 SECTIONS = ("header", "digits", "ops", "bytes", "ceilings", "gpu")
@@ -331,3 +333,100 @@ def _rows(job: Job, context: Context, left: float, share: float, debug: bool) ->
 
 def _main_kind(section: str) -> str | None:
     return {"ops": "timing", "gpu": "timing", "bytes": "count", "ceilings": "ceiling"}.get(section)
+
+
+DEFAULT_BUDGET_S = 150.0
+QUICK_BUDGET_S = 60.0
+SEED = 0
+
+
+def _options(function: Callable[..., int]) -> Callable[..., int]:
+    for option in (
+        click.option(
+            "--only", multiple=True, type=click.Choice(SECTIONS), help="Only this section; may be given again."
+        ),
+        click.option("--quick", is_flag=True, help=f"The same as --budget {QUICK_BUDGET_S:.0f}."),
+        click.option(
+            "--budget",
+            type=click.FloatRange(min=0, min_open=True, max=1e6),
+            metavar="SECONDS",
+            help=f"About how long it may take; default: {DEFAULT_BUDGET_S:.0f}.",
+        ),
+        click.option(
+            "--out",
+            type=click.Path(path_type=Path),
+            default=Path("bench-results"),
+            metavar="DIR",
+            show_default=True,
+            help="Where results go.",
+        ),
+        click.option(
+            "--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True, help="On what."
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+@click.command("quick")
+@_options
+@click.pass_context
+def command(context: click.Context, **options: Any) -> int:
+    """What this machine can tell in 3 minutes, then the report.
+
+    On a CPU: the NumPy fallback against torch, and the bytes that a GPU would move. On an NVIDIA GPU: the fused kernels'
+    throughput against the unfused.
+    """
+    return _benchmark("quick", context, **options)
+
+
+@click.command("gpu")
+@_options
+@click.pass_context
+def gpu(context: click.Context, **options: Any) -> int:
+    """Only what needs an NVIDIA GPU: its ceilings, and fused against unfused throughput."""
+    return _benchmark("gpu", context, **options)
+
+
+def _benchmark(
+    suite: str, click_context: click.Context, device: str, out: Path, budget: float | None, quick: bool, only: Sequence[str]
+) -> int:
+    console = Console()
+    found = find_gpu()
+    sections = tuple(only) or (("ceilings", "gpu") if suite == "gpu" else ())
+    wanted = "cuda" if suite == "gpu" and device == "auto" else device
+    device, why = choose_device(wanted, found)
+    if device == "cpu" and (needs := {"ceilings", "gpu"} & set(sections)):
+        raise UsageError(
+            f"--only {sorted(needs)[0]}: that section needs an NVIDIA GPU, and the device is the CPU"
+        )
+    environment = describe(device, why, found)
+    console.line(header(environment))
+    budget_s = budget or (QUICK_BUDGET_S if quick else DEFAULT_BUDGET_S)
+    arguments = {"suite": suite, "device": device, "budget_s": budget_s, "only": list(sections), "seed": SEED}
+    results = Results(out, arguments, environment)
+    context = Context(device, SEED, console, results.rows)
+    traceback = bool((click_context.obj or {}).get("traceback"))
+    try:
+        with console.progress():
+            run(plan(device, sections), context, results, budget_s, traceback)
+    except KeyboardInterrupt:
+        results.finish("interrupted")
+        console.line(f"\nInterrupted: {len(results.rows)} rows are kept in {results.json_path}")
+        return 130
+    except UsageError:
+        raise
+    except BaseException:
+        results.finish("failed")
+        raise
+    return _finish(console, results)
+
+
+def _finish(console: Console, results: Results) -> int:
+    kinds = [row["kind"] for row in results.rows]
+    status = 3 if "wrong" in kinds else 2 if "error" in kinds else 0
+    results.finish("failed" if status else "complete")
+    if any(row.get("crowded") for row in results.rows):
+        console.line("\nOther work kept the cores busy: in rows that say so, the times are the scheduler's.")
+    console.line(f"\nResults: {results.json_path} and {results.markdown_path}")
+    return status

@@ -8,7 +8,6 @@ cache holds the rest.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import datetime
 import json
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import click
 import torch
 
 from dlgpu.kernels import _triton, configs, linear, tuning
@@ -365,57 +365,81 @@ def main(arguments: Sequence[str]) -> None:
         print(json.dumps({"i": task["i"], "good": good}), file=answers, flush=True)
 
 
+class _List(click.ParamType):
+    """Values separated by commas."""
+
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name, self._parse = name, parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
+        if not isinstance(value, str):
+            return list(value)
+        try:
+            return [self._parse(part) for part in value.split(",")]
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
 def _shape(text: str) -> tuple[int, int, int]:
-    try:
-        M, N, K = map(int, text.split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be MxNxK, got {text!r}") from None
+    parts = text.split("x")
+    if len(parts) != 3 or not all(part.isdecimal() for part in parts):
+        raise ValueError(f"must be MxNxK, got {text!r}")
+    M, N, K = map(int, parts)
     if min(M, N, K) < 1:
-        raise argparse.ArgumentTypeError(f"must be positive sizes, got {text!r}")
+        raise ValueError(f"must be positive sizes, got {text!r}")
     return M, N, K
 
 
 def _activation(text: str) -> str | None:
     if text != "none" and text not in ACTIVATIONS:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected none, {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"got {text!r}, expected none, {', '.join(ACTIVATIONS)}")
     return None if text == "none" else text
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `tune`."""
-    parser.add_argument("op", choices=("linear",), help="whose tiles")
-    parser.add_argument(
-        "--shapes", nargs="+", type=_shape, metavar="MxNxK", help=f"default: {' '.join(SHAPES)}"
-    )
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="default: bf16")
-    parser.add_argument(
-        "--activations",
-        nargs="+",
-        type=_activation,
-        metavar="NAME",
-        help="default: relu gelu",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="the table, gone on with if it is there; default: bench-results/<card>.json",
-    )
-    parser.add_argument(
-        "--budget",
-        type=float,
-        default=BUDGET_S,
-        metavar="SECONDS",
-        help="nothing new is begun after it; default: %(default).0f",
-    )
-    parser.add_argument(
-        "--rehearse",
-        action="store_true",
-        help="without a GPU: the same code on tiny layers, interpreted, with two tiles a product; its table is of no use",
-    )
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The command line's."""
+
+    op: str
+    shapes: list[tuple[int, int, int]] | None
+    dtype: str
+    activations: list[str | None] | None
+    out: Path | None
+    budget: float
+    rehearse: bool
 
 
-def command(options: argparse.Namespace, say: Say = print) -> int:
+@click.command("tune")
+@click.argument("op", type=click.Choice(("linear",)))
+@click.option("--shapes", type=_List("MxNxK,...", _shape), help=f"Default: {','.join(SHAPES)}.")
+@click.option("--dtype", type=click.Choice(tuple(DTYPES)), default="bf16", show_default=True)
+@click.option("--activations", type=_List("NAME,...", _activation), help="Default: relu,gelu.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The table, gone on with if it is there; default: bench-results/<card>.json.",
+)
+@click.option(
+    "--budget",
+    type=click.FloatRange(min=0, min_open=True),
+    default=BUDGET_S,
+    show_default=True,
+    metavar="SECONDS",
+    help="Nothing new is begun after it.",
+)
+@click.option(
+    "--rehearse",
+    is_flag=True,
+    help="Without a GPU: the same code on tiny layers, interpreted, two tiles a product; its table is of no use.",
+)
+def command(**options: Any) -> int:
+    """Measures the tiles there are for a layer's products on this NVIDIA GPU, and writes a table of the fastest, which goes
+    into kernels/tuned/."""
+    return tune(Options(**options))
+
+
+def tune(options: Options, say: Say = print) -> int:
     """Runs `tune`; gives the exit status.
 
     Raises:
@@ -456,7 +480,7 @@ def _about(environment: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _run(
-    options: argparse.Namespace,
+    options: Options,
     shapes: Sequence[tuple[int, int, int]],
     where: tuning.Table,
     timer: tuning.Timer,
@@ -477,16 +501,16 @@ def _run(
     return 0
 
 
-def _rehearse(options: argparse.Namespace, say: Say) -> int:
+def _rehearse(options: Options, say: Say) -> int:
     if not _triton.INTERPRETED:
         # The choice is made when kernels are defined: a process of its own.
         arguments = [sys.executable, "-m", "dlgpu.bench", "tune", options.op, "--rehearse"]
         arguments += ["--dtype", options.dtype]
         arguments += [] if options.out is None else ["--out", str(options.out)]
         if options.shapes:
-            arguments += ["--shapes", *("x".join(map(str, shape)) for shape in options.shapes)]
+            arguments += ["--shapes", ",".join("x".join(map(str, shape)) for shape in options.shapes)]
         if options.activations:
-            arguments += ["--activations", *(name or "none" for name in options.activations)]
+            arguments += ["--activations", ",".join(name or "none" for name in options.activations)]
         environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
         return subprocess.run(arguments, env=environment, check=False, timeout=600).returncode
 

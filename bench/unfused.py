@@ -145,8 +145,12 @@ class ByteCounter(TorchDispatchMode):
         if not func.is_view and func.overloadpacket.__name__ not in _FREE:
             read, written = self._traffic(func, args, kwargs, out)
             if read or written:
-                self.rows.append(Row(str(func), read, written))
+                self.add(Row(str(func), read, written))
         return out
+
+    def add(self, row: Row) -> None:
+        """Takes note of an operation."""
+        self.rows.append(row)
 
     def _tensors(self, value: Any) -> list[torch.Tensor]:
         return [

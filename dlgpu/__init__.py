@@ -10,14 +10,17 @@ Importing makes no CUDA call, and works without Triton.
 """
 
 from dlgpu import diagnostics, functional, nn, optim
+from dlgpu._convert import Conversion, convert
 from dlgpu._dispatch import Explanation, available_backends, debug, explain, use_backend
 from dlgpu._version import __version__
 from dlgpu.kernels.tuning import tune
 
 __all__ = [
+    "Conversion",
     "Explanation",
     "__version__",
     "available_backends",
+    "convert",
     "debug",
     "diagnostics",
     "explain",

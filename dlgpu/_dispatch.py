@@ -4,7 +4,9 @@ An op has a schema whose last argument is `str backend`, one implementation per 
 
     triton    the kernels of dlgpu.kernels: compiled for CUDA tensors, or interpreted (TRITON_INTERPRET=1) for CPU ones
     fallback  the array code of dlgpu.fallback: NumPy for CPU tensors, CuPy for CUDA tensors without Triton
-    torch     torch's own functions: CUDA tensors that the kernels do not take (float64; bfloat16 below capability 8.0)
+    torch     torch's own functions, and its own autograd: CUDA tensors that the kernels do not take (float64; bfloat16 below
+              capability 8.0), CPU tensors where those were measured ahead of NumPy (configs.cpu_backend), and every call
+              within torch.func's transforms or forward-mode differentiation
 
 The public function resolves the choice once and passes it down; forward keeps it for backward, which runs on autograd's
 own threads and so must not read a thread-local again.
@@ -22,9 +24,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.library import Library, register_fake
 
-from dlgpu.kernels import _triton
+from dlgpu.kernels import _triton, configs
 
 __all__ = [
     "Explanation",
@@ -34,8 +37,11 @@ __all__ = [
     "debug",
     "define",
     "differentiable_vjp",
+    "differentiates",
     "direct",
     "explain",
+    "may_read",
+    "transformed",
     "use_backend",
 ]
 
@@ -93,8 +99,9 @@ def _has_cupy() -> bool:
     return importlib.util.find_spec("cupy") is not None
 
 
-def _choose(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+def _choose(tensor: torch.Tensor, op: str) -> tuple[str, str]:
     """(backend, why)."""
+    device, dtype = tensor.device, tensor.dtype
     wanted = _settings.backend or _default_backend
     if wanted == "fallback":
         return "fallback", "chosen explicitly"
@@ -113,7 +120,9 @@ def _choose(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
             )
         return "triton", "chosen explicitly" + (" (Triton's interpreter)" if _triton.INTERPRETED else "")
     if not cuda:
-        return "fallback", f"the tensor is on {device.type}"
+        backend = configs.cpu_backend(op, dtype, tensor.numel())
+        ahead = "; at this size and dtype torch's own functions are ahead of NumPy there"
+        return backend, f"the tensor is on {device.type}" + (ahead if backend == "torch" else "")
     if dtype not in KERNEL_DTYPES:
         return "torch", f"the kernels do not take {dtype}"
     if not _triton.AVAILABLE:
@@ -127,11 +136,11 @@ def _choose(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     return "triton", f"the tensor is on {device.type}"
 
 
-def choose_backend(tensor: torch.Tensor) -> str:
-    """The backend for a call whose first operand is `tensor`, under this thread's setting."""
+def choose_backend(tensor: torch.Tensor, op: str) -> str:
+    """The backend for a call of `op` whose first operand is `tensor`, under this thread's setting."""
     if _settings.backend is None and _default_backend == "auto" and tensor.is_cpu:
-        return "fallback"
-    return _choose(tensor.device, tensor.dtype)[0]
+        return configs.cpu_backend(op, tensor.dtype, tensor.numel())
+    return _choose(tensor, op)[0]
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:
@@ -153,7 +162,9 @@ def define(
 
     Args:
         schema: as torch's Library takes it; the last argument must be `str backend`.
-        triton, fallback, eager: implementations on tensors, without the argument `backend`; `eager` is torch's own.
+        triton, fallback, eager: implementations on tensors, without the argument `backend`; `eager` is torch's own, from
+            differentiable operations. It also serves torch.func's transforms and forward-mode differentiation, whatever the
+            backend: torch has a rule for each of its operations, of any order and nesting, and a kernel has none.
         fake: shapes and dtypes for tracing, with all arguments.
         autograd: what to run at the Autograd key, with all arguments; it ends in `Op.below`.
         autocast: maps (all arguments, the autocast dtype) to cast arguments; None leaves autocast without effect.
@@ -170,11 +181,51 @@ def define(
     register_fake(f"dlgpu::{name}", fake, lib=_library)
     op = getattr(torch.ops.dlgpu, name).default
     if autograd is not None:
-        _library.impl(name, autograd, "Autograd")
+        _library.impl(name, _unless_transformed(autograd, eager), "Autograd")
+    _library.impl(name, lambda *args: eager(*args[:-1]), "FuncTorchBatched")
     if autocast is not None:
         for device in ("CPU", "CUDA"):
             _library.impl(name, _autocast_kernel(op, autocast, device), f"Autocast{device}")
     return Op(op, table, autograd)
+
+
+# Python has no name for it.
+_VMAP = torch._C._dispatch_key_parse("VmapMode")
+
+
+def transformed() -> bool:
+    """Whether a torch.func transform, forward-mode differentiation or autograd's is_grads_batched is about."""
+    return (
+        forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP)
+    )
+
+
+def differentiates() -> bool:
+    """For a backward: whether its results must be differentiable in their turn, or batched, so from torch's operations."""
+    return torch.is_grad_enabled() or transformed()
+
+
+def _unless_transformed(autograd: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
+    """`autograd`, but torch's own operations, and their autograd, within a transform and where torch is the backend."""
+
+    def run(*args: Any) -> Any:
+        return eager(*args[:-1]) if args[-1] == "torch" or transformed() else autograd(*args)
+
+    return run
+
+
+def may_read(tensor: torch.Tensor) -> bool:
+    """Whether a check may look at the tensor's values: not on a GPU, for it synchronizes, unless debugging; not in a vmap."""
+    # A tensor of another class stands for values that tracing does not have.
+    if (not tensor.is_cpu and not _debug) or type(tensor) not in _PLAIN:
+        return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return False
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return True
 
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), str, float, int, bool, tuple, list))
@@ -232,8 +283,11 @@ class Op:
             self._autograd is not None
             and not torch.compiler.is_compiling()
             and not torch._C._is_any_autocast_enabled()
+            and forward_ad._current_level < 0
             and _plain(args)
         ):
+            if args[-1] == "torch":
+                return self._implementations["torch"](*args[:-1])
             return self._autograd(*args)
         return self.overload(*args)
 
@@ -276,17 +330,31 @@ def cast_floating(args: Sequence[Any], dtype: torch.dtype) -> tuple[Any, ...]:
 
 
 def differentiable_vjp(
-    function: Callable[..., torch.Tensor], inputs: Sequence[Any], needs: Sequence[bool], grad: torch.Tensor
+    function: Callable[..., Any], inputs: Sequence[Any], needs: Sequence[bool], grads: Any
 ) -> tuple[torch.Tensor | None, ...]:
     """The gradients of `function(*inputs)` with respect to the inputs that `needs` marks, themselves differentiable.
 
-    For the backward of a backward: raw ops have no derivative, so it is rebuilt from torch's own operations.
+    For the backward of a backward: raw ops have no derivative, so it is rebuilt from torch's own operations. A function
+    of several results takes a gradient, or None, for each.
     """
     with torch.enable_grad():
         # Aliases, so that a tensor given twice gets each of its two gradients once.
-        aliases = [x.view_as(x) if isinstance(x, torch.Tensor) else x for x in inputs]
+        aliases = [x.view_as(x) if need else x for x, need in zip(inputs, needs, strict=True)]
         wanted = [x for x, need in zip(aliases, needs, strict=True) if need]
-        found = iter(torch.autograd.grad(function(*aliases), wanted, grad, create_graph=True))
+        results = function(*aliases)
+        if isinstance(results, torch.Tensor):
+            results, grads = (results,), (grads,)
+        given = [(y, dy) for y, dy in zip(results, grads, strict=True) if dy is not None]
+        found = iter(
+            torch.autograd.grad(
+                [y for y, _ in given],
+                wanted,
+                [dy for _, dy in given],
+                create_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        )
     return tuple(next(found) if need else None for need in needs)
 
 
@@ -298,11 +366,6 @@ def debug(enabled: bool = True) -> None:
     is an IndexError that names the row. Off by default: such a row's loss and gradient are NaN."""
     global _debug
     _debug = enabled
-
-
-def debugging() -> bool:
-    """Whether debug(True) holds."""
-    return _debug
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,13 +385,15 @@ class Explanation:
         return "\n".join(lines)
 
 
-# op name -> function of the public function's arguments giving (the tensor that decides, {backend: steps}).
-_explainers: dict[str, Callable[..., tuple[torch.Tensor, Callable[[str], Sequence[tuple[str, str]]]]]] = {}
+# op name -> function of the public function's arguments giving the tensor that decides, the steps of a backend, and perhaps
+# the name by which `choose_backend` knows this form of the op.
+_explainers: dict[str, Callable[..., tuple[Any, ...]]] = {}
 
 
 def explains(op: str) -> Callable[[Any], Any]:
     """Registers the function below it as the explainer of `op`: it takes what the public function takes, and gives the
-    tensor that decides the backend and a function from a backend's name to its steps."""
+    tensor that decides the backend, a function from a backend's name to its steps, and where it is not `op` the name that
+    decides with the tensor."""
 
     def register(function: Any) -> Any:
         _explainers[op] = function
@@ -352,9 +417,9 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     """
     if op not in _explainers:
         raise ValueError(f"op: got {op!r}, expected one of {', '.join(sorted(_explainers))}")
-    tensor, steps = _explainers[op](*args, **kwargs)
+    tensor, steps, *form = _explainers[op](*args, **kwargs)
     if tensor.device.type == "meta":
         backend, reason = "triton", "tensors on meta stand for CUDA ones, of capability 9.0"
     else:
-        backend, reason = _choose(tensor.device, tensor.dtype)
+        backend, reason = _choose(tensor, *(form or [op]))
     return Explanation(op, backend, reason, tuple(steps(backend)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -33,6 +33,7 @@ __all__ = [
     "MultiMarginLoss",
     "RMSNorm",
     "ReGLU",
+    "Sequential",
     "SmoothL1Loss",
     "SwiGLU",
 ]
@@ -307,6 +308,118 @@ def _is_plain(module: torch.nn.Module) -> bool:
 
 def _is_plain_linear(module: Any) -> bool:
     return type(module) is Linear and module.activation is None and _is_plain(module)
+
+
+class Sequential(torch.nn.Sequential):
+    """y = f_n(... f_2(f_1(x))): torch.nn.Sequential, whose arguments, submodules and state_dict these are, with runs of
+    submodules computed as one:
+
+        Linear layers with activations after them, the same one after all but the last: `dlgpu.functional.mlp`
+        BatchNorm1d with an activation after it: `dlgpu.functional.batch_norm`
+
+    Layers are `Linear` and `BatchNorm1d`; activations `Activation`, and torch's modules of the same functions.
+
+    The submodules stay what they are: each gives its own result when it is called by itself, may stand in other places too,
+    and may be exchanged. What is fused is seen anew at each call. Where something between two submodules has to be visible
+    (one has hooks, is parametrized or compiled, or hooks on all modules are registered), they are called one after the other.
+
+    Shape: the first submodule's input, the last one's result.
+
+    >>> net = Sequential(Linear(784, 256), Activation("gelu"), torch.nn.Flatten(), BatchNorm1d(256), torch.nn.ReLU())
+    >>> net.fused()
+    [['0', '1'], ['3', '4']]
+    """
+
+    def forward(self, input: Any) -> Any:
+        """See `dlgpu.functional.mlp` and `dlgpu.functional.batch_norm`."""
+        if any(_global_hooks()):
+            return super().forward(input)
+        for members, layers, acts in _runs(self._modules.values()):
+            if len(members) == 1:
+                input = members[0](input)
+                continue
+            activation, out_activation = acts[0][0], acts[-1][0]
+            slope = next((slope for name, slope in acts if name == "leaky_relu"), 0.01)
+            if type(layers[0]) is BatchNorm1d:
+                input = layers[0]._normalized(input, activation, slope)
+            elif len(layers) == 1:
+                (layer,) = layers
+                input = F.linear(input, layer.weight, layer.bias, activation=activation, negative_slope=slope)
+            else:
+                input = F.mlp(
+                    input,
+                    [layer.weight for layer in layers],
+                    [layer.bias for layer in layers],
+                    activation=activation,
+                    out_activation=out_activation,
+                    negative_slope=slope,
+                )
+        return input
+
+    def fused(self) -> list[list[str]]:
+        """The names of the submodules that a call now would compute as one, run by run."""
+        return [] if any(_global_hooks()) else _fused(self._modules)
+
+
+def _fused(modules: Mapping[str, Any]) -> list[list[str]]:
+    names = iter(modules)
+    runs = [[next(names) for _ in members] for members, _, _ in _runs(modules.values())]
+    return [run for run in runs if len(run) > 1]
+
+
+_TORCH_ACTIVATIONS: dict[type, str] = {
+    torch.nn.LeakyReLU: "leaky_relu",
+    torch.nn.ReLU: "relu",
+    torch.nn.SiLU: "silu",
+    torch.nn.Sigmoid: "sigmoid",
+    torch.nn.Tanh: "tanh",
+}
+
+
+def _activation_of(module: Any) -> tuple[str, float] | None:
+    """(name, slope) of a module that is an activation of ours or of torch's, and no more; None of any other."""
+    kind = type(module)
+    if kind is Activation:
+        found = module.activation, module.negative_slope
+    elif kind in _TORCH_ACTIVATIONS:
+        found = _TORCH_ACTIVATIONS[kind], getattr(module, "negative_slope", 0.01)
+    elif kind is torch.nn.GELU and module.approximate in ("none", "tanh"):
+        found = "gelu" if module.approximate == "none" else "gelu_tanh", 0.01
+    else:
+        return None
+    return found if _is_plain(module) else None
+
+
+def _runs(
+    modules: Iterable[Any],
+) -> list[tuple[list[Any], list[Any], list[tuple[str | None, float]]]]:
+    """[(members, layers, acts)]: all modules in order, those that are computed as one together. They are linear layers, or
+    one batch norm, and activations: (name, slope) after each of the layers, one name but for the last. Other modules are
+    alone, without layers."""
+    runs: list[tuple[list[Any], list[Any], list[tuple[str | None, float]]]] = [([], [], [])]
+    for module in modules:
+        members, layers, acts = runs[-1]
+        is_layer = type(module) in (Linear, BatchNorm1d) and _is_plain(module)
+        act = (module.activation, module.negative_slope) if is_layer else _activation_of(module)
+        if act is None:
+            runs.append(([module], [], []))
+            continue
+        if is_layer:
+            chain = type(module) is Linear and acts and type(layers[0]) is Linear
+            fits = chain and len({name for name, _ in acts}) == 1
+        else:
+            fits = acts and acts[-1][0] is None
+        # `mlp` takes one slope.
+        if not fits or len({slope for name, slope in [*acts, act] if name == "leaky_relu"}) > 1:
+            runs.append(([module], [module], [act]) if is_layer else ([module], [], []))
+            continue
+        members.append(module)
+        if is_layer:
+            layers.append(module)
+            acts.append(act)
+        else:
+            acts[-1] = act
+    return runs[1:]
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -638,6 +751,9 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """See `dlgpu.functional.batch_norm`."""
+        return self._normalized(input, self.activation, self.negative_slope)
+
+    def _normalized(self, input: torch.Tensor, activation: str | None, negative_slope: float) -> torch.Tensor:
         self._check_input_dim(input)
         tracks = self.training and self.track_running_stats
         if tracks and self.num_batches_tracked is not None:
@@ -655,8 +771,8 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
             self.training or (self.running_mean is None and self.running_var is None),
             momentum,
             self.eps,
-            activation=self.activation,
-            negative_slope=self.negative_slope,
+            activation=activation,
+            negative_slope=negative_slope,
             num_batches_tracked=self.num_batches_tracked,
         )
 

@@ -438,7 +438,7 @@ class Loss:
     gradient: Any
     np_value: Callable[[Any, Any, Any, float, Any], None]
     np_gradient: Callable[[Any, Any, Any, Any, float, Any], None]
-    # torch's functions: the value of (x, t, q, p), not reduced, and gradients of (g, x, t, q, p), themselves differentiable.
+    # torch's functions: the loss of (x, t, q, p, reduction), and gradients of (g, x, t, q, p), themselves differentiable.
     eager: Callable[..., torch.Tensor]
     eager_gradient: Callable[..., torch.Tensor]
     # The sum of the values, where there is a shorter way to it; like np_value, with `out` for scratch.
@@ -470,8 +470,15 @@ def _eager_bce_target_gradient(g: Any, x: Any, t: Any, q: Any, p: float) -> torc
     return g * (-x if q is None else F.logsigmoid(-x) - q * F.logsigmoid(x))
 
 
-def _eager_hinge(x: Any, t: Any, q: Any, p: float) -> torch.Tensor:
-    return F.relu(1 - t * x)
+def _eager_reduced(loss: torch.Tensor, reduction: str) -> torch.Tensor:
+    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+
+
+def _eager_kl_div(x: Any, t: Any, reduction: str, log_target: bool) -> torch.Tensor:
+    if reduction == "mean":
+        # Without the warning, which the public function gives.
+        return torch.kl_div(x, t, 1, log_target=log_target)
+    return F.kl_div(x, t, reduction=reduction, log_target=log_target)
 
 
 def _relu_gradient(g: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
@@ -491,7 +498,7 @@ LOSSES: dict[str, Loss] = {
         np_value=_np_mse,
         np_gradient=_np_mse_grad,
         np_sum=_np_mse_sum,
-        eager=lambda x, t, q, p: F.mse_loss(x, t, reduction="none"),
+        eager=lambda x, t, q, p, r: F.mse_loss(x, t, reduction=r),
         eager_gradient=lambda g, x, t, q, p: _aten.mse_loss_backward(g, x, t, 0),
     ),
     "l1_loss": Loss(
@@ -499,7 +506,7 @@ LOSSES: dict[str, Loss] = {
         gradient=_l1_grad,
         np_value=_np_l1,
         np_gradient=_np_l1_grad,
-        eager=lambda x, t, q, p: F.l1_loss(x, t, reduction="none"),
+        eager=lambda x, t, q, p, r: F.l1_loss(x, t, reduction=r),
         eager_gradient=lambda g, x, t, q, p: g * torch.sgn(x - t),
     ),
     "smooth_l1_loss": Loss(
@@ -508,7 +515,7 @@ LOSSES: dict[str, Loss] = {
         np_value=_np_smooth_l1,
         np_gradient=_np_smooth_l1_grad,
         np_sum=_np_smooth_l1_sum,
-        eager=lambda x, t, q, p: F.smooth_l1_loss(x, t, reduction="none", beta=p),
+        eager=lambda x, t, q, p, r: F.smooth_l1_loss(x, t, reduction=r, beta=p),
         eager_gradient=lambda g, x, t, q, p: _aten.smooth_l1_loss_backward(g, x, t, 0, p),
     ),
     "huber_loss": Loss(
@@ -517,7 +524,7 @@ LOSSES: dict[str, Loss] = {
         np_value=_np_huber,
         np_gradient=_np_huber_grad,
         np_sum=_np_huber_sum,
-        eager=lambda x, t, q, p: F.huber_loss(x, t, "none", p),
+        eager=lambda x, t, q, p, r: F.huber_loss(x, t, r, p),
         eager_gradient=lambda g, x, t, q, p: _aten.huber_loss_backward(g, x, t, 0, p),
     ),
     "binary_cross_entropy_with_logits": Loss(
@@ -525,7 +532,7 @@ LOSSES: dict[str, Loss] = {
         gradient=_bce_grad,
         np_value=_np_bce,
         np_gradient=_np_bce_grad,
-        eager=lambda x, t, q, p: F.binary_cross_entropy_with_logits(x, t, reduction="none", pos_weight=q),
+        eager=lambda x, t, q, p, r: F.binary_cross_entropy_with_logits(x, t, reduction=r, pos_weight=q),
         eager_gradient=_eager_bce_gradient,
         target_gradient=_bce_target_grad,
         np_target_gradient=_np_bce_target_grad,
@@ -537,7 +544,7 @@ LOSSES: dict[str, Loss] = {
         gradient=_hinge_grad,
         np_value=_np_hinge,
         np_gradient=_np_hinge_grad,
-        eager=_eager_hinge,
+        eager=lambda x, t, q, p, r: _eager_reduced(F.relu(1 - t * x), r),
         eager_gradient=lambda g, x, t, q, p: _relu_gradient(g, 1 - t * x) * -t,
         target_gradient=_hinge_target_grad,
         np_target_gradient=_np_hinge_target_grad,
@@ -548,7 +555,7 @@ LOSSES: dict[str, Loss] = {
         gradient=_squared_hinge_grad,
         np_value=_np_squared_hinge,
         np_gradient=_np_squared_hinge_grad,
-        eager=lambda x, t, q, p: _eager_hinge(x, t, q, p).square(),
+        eager=lambda x, t, q, p, r: _eager_reduced(F.relu(1 - t * x).square(), r),
         eager_gradient=lambda g, x, t, q, p: _eager_squared_hinge_slope(g, x, t) * -t,
         target_gradient=_squared_hinge_target_grad,
         np_target_gradient=_np_squared_hinge_target_grad,
@@ -559,7 +566,7 @@ LOSSES: dict[str, Loss] = {
         gradient=_kl_div_grad,
         np_value=_np_kl_div,
         np_gradient=_np_kl_div_grad,
-        eager=lambda x, t, q, p: F.kl_div(x, t, reduction="none"),
+        eager=lambda x, t, q, p, r: _eager_kl_div(x, t, r, False),
         eager_gradient=lambda g, x, t, q, p: -g * t,
         target_gradient=_kl_div_target_grad,
         np_target_gradient=_np_kl_div_target_grad,
@@ -571,7 +578,7 @@ LOSSES: dict[str, Loss] = {
         gradient=_kl_div_log_grad,
         np_value=_np_kl_div_log,
         np_gradient=_np_kl_div_log_grad,
-        eager=lambda x, t, q, p: F.kl_div(x, t, reduction="none", log_target=True),
+        eager=lambda x, t, q, p, r: _eager_kl_div(x, t, r, True),
         eager_gradient=lambda g, x, t, q, p: -g * t.exp(),
         target_gradient=_kl_div_log_target_grad,
         np_target_gradient=_np_kl_div_log_target_grad,

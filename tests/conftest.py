@@ -30,7 +30,13 @@ if WORKER:
     torch.set_num_threads(1)
 
 import dlgpu
+from dlgpu import _dispatch
 from dlgpu.kernels import _triton
+
+if DEVICE == "cpu":
+    # "auto" would hand much of this to torch's own functions (configs.cpu_backend), and tests would hold torch to torch. Those
+    # of that rule ask for "auto".
+    _dispatch._default_backend = "fallback"
 
 hypothesis.settings.register_profile(
     "dlgpu",

@@ -26,6 +26,7 @@ LAYERS = {
     "dlgpu.nn": "api",
     "dlgpu.optim": "api",
     "dlgpu.diagnostics": "api",
+    "dlgpu._convert": "api",
     "dlgpu.ops": "ops",
     "dlgpu._arrays": "dispatch",
     "dlgpu._dispatch": "dispatch",

@@ -459,7 +459,7 @@ def test_the_result_files(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(interpreted, "run", fake_interpreter)
     status, document, markdown = run_jobs(tmp_path, monkeypatch, small_jobs())
     assert status == 0
-    assert (document["schema"], document["status"]) == ("dlgpu-bench/1", "complete")
+    assert (document["schema"], document["status"]) == (report.SCHEMA, "complete")
     assert set(document) == {"schema", "status", "started", "seconds", "arguments", "environment", "rows"}
     assert set(document["environment"]) == ENVIRONMENT_KEYS
     assert set(document["arguments"]) == {"suite", "device", "budget_s", "only", "seed"}
@@ -660,8 +660,8 @@ def test_other_work_is_noticed(monkeypatch):
     assert environment.crowded(1e9)
     assert not environment.crowded(None)
     row = {"ratio": 1.0, "low": 0.99, "high": 1.01, "crowded": False}
-    assert [report.verdict(row), report.verdict({**row, "crowded": True})] == ["even", "busy"]
-    assert report.verdict({**row, "low": 0.5}) == "noisy"
+    assert [report.verdict(row), report.verdict({**row, "crowded": True})] == ["same", "busy"]
+    assert report.verdict({**row, "low": 0.5}) == "ambiguous"
 
 
 def test_the_header_names_what_is_needed():

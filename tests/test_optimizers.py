@@ -848,7 +848,7 @@ def test_the_kernels_refuse_float64():
 
 def test_torchs_part(monkeypatch):
     """What runs float64 on a GPU, here on the CPU."""
-    monkeypatch.setattr(ops._dispatch, "choose_backend", lambda t: "torch")
+    monkeypatch.setattr(ops._dispatch, "choose_backend", lambda t, op: "torch")
     for rule, groups in RULES.items():
         params, gradients = sample(torch.float64, groups=groups)
         taken = [gradients() for _ in range(3)]
@@ -864,7 +864,7 @@ def test_torchs_part_with_extras(monkeypatch):
     found = []
     for backend in ("torch", "fallback"):
         torch.manual_seed(1)
-        monkeypatch.setattr(ops._dispatch, "choose_backend", lambda t, backend=backend: backend)
+        monkeypatch.setattr(ops._dispatch, "choose_backend", lambda t, op, backend=backend: backend)
         for options in ({"master_weights": True}, {"state_dtype": torch.float32}):
             p = torch.nn.Parameter(torch.randn(40).bfloat16())
             optimizer = dlgpu.optim.SGD([p], lr=0.1, momentum=0.9, max_grad_norm=1.0, **options)

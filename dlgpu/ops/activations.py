@@ -35,7 +35,7 @@ def activation(input: torch.Tensor, name: str, negative_slope: float = 0.01) -> 
     """
     _checks.require_tensor(name, "input", input)
     _checks.require_number(name, "negative_slope", negative_slope)
-    return _activation(input, name, negative_slope, _dispatch.choose_backend(input))
+    return _activation(input, name, negative_slope, _dispatch.choose_backend(input, name))
 
 
 def _check(x: torch.Tensor, name: str) -> None:
@@ -87,7 +87,7 @@ class ActivationFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, y = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if _dispatch.differentiates():
             eager = lookup(ctx.name).eager
             (dx,) = _dispatch.differentiable_vjp(lambda x: eager(x, ctx.negative_slope), (x,), (True,), dy)
         else:

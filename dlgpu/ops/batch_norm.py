@@ -77,7 +77,7 @@ def batch_norm(
     if momentum is not None:
         _checks.require_number("batch_norm", "momentum", momentum)
     _check(input, running_mean, running_var, weight, bias, training, activation)
-    backend = _dispatch.choose_backend(input)
+    backend = _dispatch.choose_backend(input, "batch_norm")
     if not training:
         return _batch_norm(
             input,
@@ -112,7 +112,8 @@ def batch_norm(
         negative_slope,
         backend,
     )
-    if not torch.compiler.is_compiling():
+    # Torch's own operations raise the versions themselves.
+    if backend != "torch" and not torch.compiler.is_compiling() and not _dispatch.transformed():
         changed = [t for t in (running_mean, running_var) if t is not None and not t.is_inference()]
         torch.autograd.graph.increment_version(changed)
     return y
@@ -301,6 +302,12 @@ def _fwd_eager(
     dtype, C = _statistics_dtype(x), x.shape[1]
     if not x.numel():
         return x.new_empty(x.shape), x.new_zeros((2, C) if keep else 0, dtype=dtype)
+    same = all(t is None or t.dtype is x.dtype for t in (w, b, running_mean, running_var, mean, var))
+    if same and batches is None and not keep:
+        training = mean is None or var is None
+        moved = (running_mean, running_var) if training else (mean, var)
+        z = F.batch_norm(x, *moved, w, b, training, momentum, eps)
+        return lookup(activation).eager(z, negative_slope), x.new_empty(0, dtype=dtype)
     if mean is None or var is None:
         var, mean = torch.var_mean(x.to(dtype), _others(x), correction=0)
         _move(running_mean, running_var, batches, momentum, mean, var, x.numel() // C)
@@ -504,7 +511,7 @@ class BatchNormFunction(torch.autograd.Function):
         x, w, b, stats = ctx.saved_tensors
         needs = tuple(ctx.needs_input_grad[i] for i in (0, 3, 4))
         training, eps, activation, negative_slope, backend = ctx.options
-        if torch.is_grad_enabled():
+        if _dispatch.differentiates():
 
             def eager(x: torch.Tensor, w: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor:
                 if training:

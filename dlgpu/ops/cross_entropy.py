@@ -149,17 +149,26 @@ def cross_entropy(
     _checks.require_number("cross_entropy", "label_smoothing", label_smoothing)
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
-    backend = _dispatch.choose_backend(input)
     extra = (
         token_weights is not None
         or softcap is not None
         or return_lse
         or return_accuracy
         or inplace_grad
-        or (grad_in_forward and backend == "triton")
         or z_loss != 0
         or logit_scale != 1
     )
+    backend = _dispatch.choose_backend(input, "cross_entropy_extra" if extra else "cross_entropy")
+    if backend == "torch" and input.is_cpu:
+        return F.cross_entropy(
+            input,
+            target,
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
+    extra = extra or (grad_in_forward and backend == "triton")
     if not extra and input.dim() == 2 and target.dim() == 1:
         return _cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing, backend)
     if input.dim() == 0:
@@ -307,9 +316,7 @@ def _check_extra(
 
 def _check_classes(x: torch.Tensor, target: torch.Tensor, ignore_index: int) -> None:
     """IndexError for a target that is no class: always on the CPU, on a GPU only when debugging, for it synchronizes."""
-    if target.device.type != "cpu" and not _dispatch.debugging():
-        return
-    if target.numel() == 0:
+    if target.numel() == 0 or not _dispatch.may_read(target):
         return
     low, high = torch.aminmax(target)
     if low >= 0 and high < x.shape[1]:
@@ -545,7 +552,7 @@ class CrossEntropyFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, target, weight, stats, denominator = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if _dispatch.differentiates():
 
             def eager(x: torch.Tensor) -> torch.Tensor:
                 return _eager_loss(x, target, weight, *ctx.options)
@@ -1003,7 +1010,7 @@ class CrossEntropyExtraFunction(torch.autograd.Function):
         x = tensors[0]
         needs = [bool(need) for need in ctx.needs_input_grad[:2]]
         found: tuple[torch.Tensor | None, ...]
-        if torch.is_grad_enabled():
+        if _dispatch.differentiates():
             found = _differentiable_backward(ctx.options, tensors, needs, dloss, dlse)
         else:
             if dloss is None:
@@ -1032,22 +1039,11 @@ def _differentiable_backward(
     dlse: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, ...]:
     """(dx, dtarget), themselves differentiable: from torch's own operations."""
-    with torch.enable_grad():
-        aliases = [t.view_as(t) if need else t for t, need in zip(tensors[:2], needs, strict=True)]
-        results = _eager_extra(*aliases, *tensors[2:], *options)
-        pairs = [(y, dy) for y, dy in zip(results, (dloss, dlse), strict=True) if dy is not None]
-        wanted = [t for t, need in zip(aliases, needs, strict=True) if need]
-        found = iter(
-            torch.autograd.grad(
-                [y for y, _ in pairs],
-                wanted,
-                [dy for _, dy in pairs],
-                create_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
-        )
-    return tuple(next(found) if need else None for need in needs)
+
+    def eager(x: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return _eager_extra(x, target, *tensors[2:], *options)
+
+    return _dispatch.differentiable_vjp(eager, tensors[:2], needs, (dloss, dlse))
 
 
 def _cross_entropy_extra_autograd(
@@ -1118,8 +1114,9 @@ def _explain(
     return_lse: bool = False,
     grad_in_forward: bool = False,
     **kwargs: Any,
-) -> tuple[torch.Tensor, Any]:
+) -> tuple[torch.Tensor, Any, str]:
     _checks.require_tensor("cross_entropy", "input", input)
+    plain = not return_lse and not {*kwargs} - {"weight", "ignore_index", "label_smoothing"}
     C = input.shape[-1] if input.dim() == 1 else input.shape[1]
     N = input.numel() // max(C, 1)
     probabilities = isinstance(target, torch.Tensor) and target.is_floating_point()
@@ -1136,9 +1133,9 @@ def _explain(
         wide = input.dtype in (torch.float32, torch.bfloat16)
         if grad_in_forward and wide and not probabilities and reduction != "none" and not return_lse:
             capability = _triton.device_limits(input.device)[0]
-            plain = not kwargs and C % 16 == 0
+            aligned = not kwargs and C % 16 == 0
             tile = configs.cross_entropy_grad_tile(
-                capability, input.dtype, C, plain, "label_smoothing" in kwargs
+                capability, input.dtype, C, aligned, "label_smoothing" in kwargs
             )
             before = reduce if reduction == "mean" else []
             once = "once" if tile.lanes * tile.vector >= C else "twice, the second time from the L2"
@@ -1160,4 +1157,4 @@ def _explain(
             ("_cross_entropy_bwd_kernel", f"{tile}; reads the logits and writes their gradient once"),
         ]
 
-    return input, steps
+    return input, steps, "cross_entropy" if plain else "cross_entropy_extra"

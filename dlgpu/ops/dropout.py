@@ -57,7 +57,7 @@ def dropout(
         return input
     if p == 1:
         return input.mul_(0.0) if inplace else input * 0.0
-    backend = _dispatch.choose_backend(input)
+    backend = _dispatch.choose_backend(input, "dropout")
     seed = torch.randint(-(1 << 63), (1 << 63) - 1, (1,), dtype=torch.int64, device=input.device)
     y = _dropout(input, seed, float(p), backend)
     return input.copy_(y) if inplace else y
@@ -111,6 +111,8 @@ class DropoutFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (seed,) = ctx.saved_tensors
         # The op is linear in x: its derivative is itself, which is differentiable too.
+        if _dispatch.transformed():
+            return _eager(dy, seed, ctx.options[0]), None, None, None
         op = _dropout if torch.is_grad_enabled() else _dropout.below
         return op(dy, seed, *ctx.options), None, None, None
 

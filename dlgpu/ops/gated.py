@@ -75,7 +75,7 @@ def gated_linear(
             _checks.require_tensor("gated_linear", name, value)
     if type(negative_slope) is not float:
         _checks.require_number("gated_linear", "negative_slope", negative_slope)
-    backend = _dispatch.choose_backend(input)
+    backend = _dispatch.choose_backend(input, "gated_linear")
     return _gated(input, weight, bias, out_weight, out_bias, activation, negative_slope, backend)
 
 
@@ -362,7 +362,7 @@ class GatedLinearFunction(torch.autograd.Function):
         *tensors, gu = ctx.saved_tensors
         needs = ctx.needs_input_grad[:5]
         activation, negative_slope, backend = ctx.options
-        if torch.is_grad_enabled():
+        if _dispatch.differentiates():
             gradients = _differentiable_backward(dy, tensors, needs, activation, negative_slope)
             return (*gradients, None, None, None)
         input, weight, _, out_weight, _ = tensors

@@ -85,7 +85,7 @@ def _norm(
 ) -> torch.Tensor:
     rms = op == "rms_norm"
     dims, eps = _check(op, input, normalized_shape, weight, bias, eps)
-    return _layer_norm(input, weight, bias, dims, eps, rms, _dispatch.choose_backend(input))
+    return _layer_norm(input, weight, bias, dims, eps, rms, _dispatch.choose_backend(input, op))
 
 
 def _check(
@@ -350,7 +350,7 @@ class LayerNormFunction(torch.autograd.Function):
         x, w, b, stats = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         dims, eps, rms, backend = ctx.options
-        if torch.is_grad_enabled():
+        if _dispatch.differentiates():
             gradients = _dispatch.differentiable_vjp(
                 lambda x, w, b: _eager(x, w, b, dims, eps, rms), (x, w, b), needs, dy
             )

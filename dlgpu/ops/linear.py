@@ -57,7 +57,7 @@ def linear(
             _checks.require_tensor("linear", name, value)
     if type(negative_slope) is not float:
         _checks.require_number("linear", "negative_slope", negative_slope)
-    return _linear(input, weight, bias, activation, negative_slope, _dispatch.choose_backend(input))
+    return _linear(input, weight, bias, activation, negative_slope, _dispatch.choose_backend(input, "linear"))
 
 
 def _check(
@@ -279,7 +279,7 @@ class LinearFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         input, weight, bias, saved = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
+        if _dispatch.differentiates():
             gradients = _differentiable_backward(dy, input, weight, bias, needs, *ctx.options[:2])
             return (*gradients, None, None, None)
         activation, negative_slope, backend = ctx.options

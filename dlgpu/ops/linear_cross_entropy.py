@@ -233,7 +233,7 @@ def linear_cross_entropy(
         logit_scale,
         return_accuracy,
         memory_budget,
-        _dispatch.choose_backend(input),
+        _dispatch.choose_backend(input, "linear_cross_entropy"),
     )
     if reduction == "none":
         loss = loss.reshape(target.shape)
@@ -292,7 +292,7 @@ def _check(
 
 def _check_classes(target: torch.Tensor, V: int, ignore_index: int) -> None:
     """IndexError for a target that is no class: always on the CPU, on a GPU only when debugging, for it synchronizes."""
-    if (target.device.type != "cpu" and not _dispatch.debugging()) or target.numel() == 0:
+    if target.numel() == 0 or not _dispatch.may_read(target):
         return
     low, high = torch.aminmax(target)
     if low >= 0 and high < V:
@@ -627,12 +627,10 @@ def _differentiable_backward(
 ) -> tuple[torch.Tensor | None, ...]:
     """The gradients of (x, w, b), themselves differentiable, with respect to the upstream gradients too."""
 
-    def weighted(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
-        loss, lse, _ = _eager(x, w, b, *rest)
-        total = (loss * dloss).sum()
-        return total if dlse is None else total + (lse * dlse).sum()
+    def eager(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        return _eager(x, w, b, *rest)[:2]
 
-    return _dispatch.differentiable_vjp(weighted, inputs, needs, torch.ones_like(dloss.sum()))
+    return _dispatch.differentiable_vjp(eager, inputs, needs, (dloss, dlse))
 
 
 def _bwd_eager(
@@ -733,7 +731,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             dloss = stats.new_zeros(x.shape[0] if ctx.options[0] == "none" else ())
         needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
         found: Sequence[torch.Tensor | None]
-        if torch.is_grad_enabled():
+        if _dispatch.differentiates():
             found = _differentiable_backward(
                 dloss, dlse, (x, w, b), needs, target, weight, token_weights, *ctx.options
             )

@@ -323,7 +323,7 @@ def multi_margin_loss(
     if input.dim() < 2:
         x = input.reshape(1, -1)
         t = target.reshape(1) if target.dim() < 2 and target.numel() == 1 else target
-    backend = _dispatch.choose_backend(input)
+    backend = _dispatch.choose_backend(input, op)
     loss = _multi_margin(x, t, weight, int(p), margin, reduction, backend)
     return loss.view(target.shape) if reduction == "none" else loss
 
@@ -429,7 +429,8 @@ def _loss(
         dtype = torch.promote_types(dtype, weight.dtype)
     x, t = (a if a.dtype == dtype else a.to(dtype) for a in (x, t))
     weight, q = (w if w is None or w.dtype == dtype else w.to(dtype) for w in (weight, q))
-    return _elementwise(x, t, weight, q, name, float(parameter), reduction, _dispatch.choose_backend(x))
+    backend = _dispatch.choose_backend(x, op)
+    return _elementwise(x, t, weight, q, name, float(parameter), reduction, backend)
 
 
 def _require_reduction(op: str, reduction: str, known: Sequence[str]) -> None:
@@ -508,9 +509,9 @@ def _fwd_eager(
     reduction: str,
 ) -> torch.Tensor:
     _check(x, t, weight, q, name, parameter, reduction)
-    loss = LOSSES[name].eager(x, t, q, parameter)
-    if weight is not None:
-        loss = loss * weight
+    if weight is None:
+        return LOSSES[name].eager(x, t, q, parameter, reduction)
+    loss = LOSSES[name].eager(x, t, q, parameter, "none") * weight
     return loss if reduction == "none" else loss.sum() / divisor_of(x.shape, reduction)
 
 
@@ -621,7 +622,7 @@ class LossFunction(torch.autograd.Function):
     def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         needs = ctx.needs_input_grad[:2]
         operands = dloss, *ctx.saved_tensors, *ctx.options, needs
-        if torch.is_grad_enabled():
+        if _dispatch.differentiates():
             gradients = _gradients_eager(*operands)
             return (*gradients, None, None, None, None, None, None)
         dx, dt = _elementwise_backward.below(*operands, ctx.backend)
@@ -701,7 +702,7 @@ def _check_multi_margin(
 def _check_classes(x: torch.Tensor, target: torch.Tensor) -> None:
     """RuntimeError, torch's, for a target that is no class: always on the CPU, on a GPU only when debugging, for it
     synchronizes."""
-    if (target.device.type != "cpu" and not _dispatch.debugging()) or target.numel() == 0:
+    if target.numel() == 0 or not _dispatch.may_read(target):
         return
     low, high = torch.aminmax(target)
     if low < 0 or high >= x.shape[1]:
@@ -828,7 +829,7 @@ class MultiMarginLossFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        if torch.is_grad_enabled():
+        if _dispatch.differentiates():
             dx = _multi_margin_bwd_eager(dloss, *ctx.saved_tensors, *ctx.options)
         else:
             dx = _multi_margin_backward.below(dloss, *ctx.saved_tensors, *ctx.options, ctx.backend)

@@ -79,7 +79,7 @@ def mlp(
         )
     if type(negative_slope) is not float:
         _checks.require_number("mlp", "negative_slope", negative_slope)
-    backend = _dispatch.choose_backend(input)
+    backend = _dispatch.choose_backend(input, "mlp")
     return _mlp(input, weights, biases, activation, out_activation, negative_slope, backend)
 
 
@@ -401,7 +401,7 @@ class MLPFunction(torch.autograd.Function):
         input, *kept = ctx.saved_tensors
         weights, biases = kept[:layers], kept[layers : 2 * layers]
         activation, out_activation, negative_slope, backend = ctx.options
-        if torch.is_grad_enabled():
+        if _dispatch.differentiates():
             gradients = _differentiable_backward(
                 dy, input, weights, biases, needs, activation, out_activation, negative_slope
             )

@@ -142,10 +142,16 @@ class Cache:
         self.counters = {}
 
 
+def _backend(rule: Rule, param: torch.Tensor, extras: Extras) -> str:
+    """The backend that steps a parameter."""
+    plain = extras[:3] == Extras()[:3] and param.dtype is torch.float32
+    return _dispatch.choose_backend(param, rule.name.lower() if plain else "optimizer_extra")
+
+
 def _new_state(rule: Rule, param: torch.Tensor, group: Group, extras: Extras) -> State:
     """Torch's state for a parameter that had none, of a rule that counts. `step` is on the parameter's device where a kernel
     advances it."""
-    on_device = _counts_on_device(rule, _dispatch.choose_backend(param))
+    on_device = _counts_on_device(rule, _backend(rule, param, extras))
     # As torch: float64 steps go with a float64 default, except where they are on the device.
     wide = not on_device and torch.get_default_dtype() is torch.float64
     state: State = {
@@ -389,7 +395,7 @@ class _Plan:
         for p, g in zip(params, grads, strict=True):
             _check(rule, p, g)
             if (p.device, p.dtype) not in first:
-                first[p.device, p.dtype] = p, _dispatch.choose_backend(p)
+                first[p.device, p.dtype] = p, _backend(rule, p, extras)
         # Asked again at each step: the answer may change.
         self.choices = list(first.values())
         self.masters: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -415,6 +421,7 @@ class _Plan:
                 shares.setdefault((backend, p.device), []).append(entry)
         parts: dict[str, type[_Part]] = {"triton": _KernelPart, "fallback": _ArrayPart, "torch": _TorchPart}
         self.parts = [parts[backend](rule, entries, cache.kept) for (backend, _), entries in shares.items()]
+        self.rule = rule
         self.params = list(params)
         self.alike = _Alike(params)
         self.all_states = list(state.values())
@@ -445,7 +452,7 @@ class _Plan:
             and _same(list(chain.from_iterable(map(dict.values, self.states))), self.values)
             and list(map(torch.Tensor.data_ptr, self.pointed)) == self.addresses
             and self.alike(params)
-            and all(_dispatch.choose_backend(p) == name for p, name in self.choices)
+            and all(_backend(self.rule, p, extras) == name for p, name in self.choices)
         )
 
     def refresh_masters(self) -> None:
@@ -813,8 +820,41 @@ class _KernelPart(_Part):
             self.kept.append((self, self.tables, self.launches, self.partials, hyper, amp))
 
 
+def _torch_form(rule: Rule, device: torch.device, keeps: bool) -> dict[str, bool]:
+    """Which of torch's forms: the fastest that it has. `keeps`: the rule has states."""
+    if device.type != "cpu":
+        return {"foreach": True}
+    # RMSprop has no fused form, and a step without states is one pass anyway.
+    return {"fused": True} if keeps and rule is not RMSPROP else {"foreach": False}
+
+
 class _TorchPart(_Part):
-    """Torch's own functions: CUDA tensors that the kernels do not take."""
+    """Torch's own functions: CUDA tensors that the kernels do not take, CPU tensors where they are ahead of NumPy."""
+
+    def __init__(self, rule: Rule, entries: Sequence[_Entry], kept: list[Any]) -> None:
+        super().__init__(rule, entries, kept)
+        self.form = _torch_form(rule, self.device, entries[0].states[0] is not None)
+        # Groups, by their first entry, whose momentum buffers have been filled.
+        self.filled: set[int] = set()
+        self.groups = [
+            (member, where, self._columns(where))
+            for member in sorted({e.member for e in entries})
+            if (where := [n for n, e in enumerate(entries) if e.member == member])
+        ]
+
+    def _columns(self, where: Sequence[int]) -> list[list[torch.Tensor]] | None:
+        """[parameters, states, ..., counters] as torch's functions take them; None where dtypes have to be brought in line."""
+        entries = [self.entries[n] for n in where]
+        dtype = entries[0].param.dtype
+        if any(
+            e.master is not None or any(t is not None and t.dtype is not dtype for t in (e.param, *e.states))
+            for e in entries
+        ):
+            return None
+        states = [
+            [t for t in column if t is not None] for column in zip(*(e.states for e in entries), strict=True)
+        ]
+        return [[self.targets[n] for n in where], *states, [e.step for e in entries if e.step is not None]]
 
     def square_sums(self, grads: Tensors) -> torch.Tensor:
         return torch.stack([g.detach().double().square().sum() for g in grads])
@@ -826,12 +866,35 @@ class _TorchPart(_Part):
                 grads = [(g if g.dtype.itemsize > 2 else g.float()) * factor.to(g.device) for g in grads]
             # Torch's functions cannot skip: no way but to wait.
             if amp.found_inf is None or not amp.found_inf.item():
-                for member in sorted({e.member for e in self.entries}):
-                    self._group(
-                        [n for n, e in enumerate(self.entries) if e.member == member], grads, hyper[member]
-                    )
+                for member, where, columns in self.groups:
+                    options = self._options(where, hyper[member])
+                    if columns is None:
+                        self._group(where, grads, options)
+                    elif self.rule.counts:
+                        found = grads if len(where) == len(grads) else [grads[n] for n in where]
+                        self.rule.eager(columns[0], found, *columns[1:], **options)
+                    else:
+                        self._uncounted(where, columns, [grads[n] for n in where], options)
 
-    def _group(self, where: Sequence[int], grads: Tensors, hyper: _Hyper) -> None:
+    def _options(self, where: Sequence[int], hyper: _Hyper) -> dict[str, Any]:
+        lr, lr_tensor, options = hyper
+        states = self.entries[where[0]].states
+        options = {
+            **options,
+            "lr": lr_tensor if math.isnan(lr) and lr_tensor is not None else lr,
+            **self.form,
+        }
+        if "decoupled" in options:
+            options["decoupled_weight_decay"] = options.pop("decoupled")
+            options["amsgrad"] = states[2] is not None
+        if self.rule is RMSPROP:
+            options["centered"] = states[1] is not None
+        if self.rule.capturable:
+            # Step counters on the device, and nothing that waits for it.
+            options["capturable"] = self.device.type == "cuda"
+        return options
+
+    def _group(self, where: Sequence[int], grads: Tensors, options: dict[str, Any]) -> None:
         entries = [self.entries[n] for n in where]
         params = [
             self.targets[n] if e.master is None else e.master for n, e in zip(where, entries, strict=True)
@@ -847,24 +910,10 @@ class _TorchPart(_Part):
                     column.append(t.float() if mixed else t)
                     back.append((t, column[-1]))
             found.append(grads[n].detach().to(columns[0][-1].dtype))
-        lr, lr_tensor, options = hyper
-        options = {
-            **options,
-            "lr": lr_tensor if math.isnan(lr) and lr_tensor is not None else lr,
-            "foreach": True,
-        }
-        if "decoupled" in options:
-            options["decoupled_weight_decay"] = options.pop("decoupled")
-            options["amsgrad"] = bool(columns[3])
-        if self.rule is RMSPROP:
-            options["centered"] = bool(columns[2])
-        if self.rule.capturable:
-            # Step counters on the device, and nothing that waits for it.
-            options["capturable"] = self.device.type == "cuda"
         if self.rule.counts:
             self.rule.eager(columns[0], found, *columns[1:], [e.step for e in entries], **options)
         else:
-            self._uncounted(entries, columns, found, options)
+            self._uncounted(where, columns, found, options)
         for t, new in back:
             if t is not new:
                 t.copy_(new)
@@ -874,15 +923,20 @@ class _TorchPart(_Part):
 
     def _uncounted(
         self,
-        entries: Sequence[_Entry],
+        where: Sequence[int],
         columns: list[list[torch.Tensor]],
         grads: Tensors,
         options: dict[str, Any],
     ) -> None:
         """Torch's SGD starts from buffers of None."""
-        kept = columns[1]
-        given = [b if e.step is not None and e.step else None for b, e in zip(kept, entries, strict=False)]
+        entries, kept = [self.entries[n] for n in where], columns[1]
+        if not kept or where[0] in self.filled:
+            self.rule.eager(columns[0], grads, list(kept) or [None] * len(entries), **options)
+            return
+        given = [b if e.step is not None and e.step else None for b, e in zip(kept, entries, strict=True)]
         made = list(given)
+        # The fused form takes all of them or none.
+        options = {**options, "fused": False, "foreach": True}
         self.rule.eager(columns[0], grads, made, **options)
         for buffer, old, new in zip(kept, given, made, strict=True):
             if old is None and new is not None:
@@ -890,16 +944,21 @@ class _TorchPart(_Part):
         for e in entries:
             if e.step is not None:
                 e.step.add_(1)
+        self.filled.add(where[0])
 
 
 def _explain(
     rule: Rule, params: Iterable[torch.Tensor], **options: Any
-) -> tuple[torch.Tensor, Callable[[str], Sequence[tuple[str, str]]]]:
+) -> tuple[torch.Tensor, Callable[[str], Sequence[tuple[str, str]]], str]:
     tensors = list(params)
+    extras = {"max_grad_norm", "master_weights", "state_dtype"} & {*options}
+    plain = not extras and tensors[0].dtype is torch.float32
 
     def steps(backend: str) -> list[tuple[str, str]]:
         if backend == "torch":
-            return [("step", f"{rule.eager.__module__}.{rule.eager.__name__}, foreach")]
+            keeps = rule.counts or bool(options.get("momentum"))
+            form = ", ".join(f"{k}={v}" for k, v in _torch_form(rule, tensors[0].device, keeps).items())
+            return [("step", f"{rule.eager.__module__}.{rule.eager.__name__}, {form}")]
         if backend == "fallback":
             return [("step", "in place, block by block; 16-bit tensors through float32 copies")]
         found = [("_prologue_kernel", f"step counters and coefficients of {len(tensors)} tensors")]
@@ -915,7 +974,7 @@ def _explain(
             )
         return found
 
-    return tensors[0], steps
+    return tensors[0], steps, rule.name.lower() if plain else "optimizer_extra"
 
 
 for _rule in (SGD, ADAGRAD, RMSPROP, ADAM, ADAMW):

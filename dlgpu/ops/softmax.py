@@ -82,7 +82,7 @@ def logsumexp(input: torch.Tensor, dim: int | Sequence[int], keepdim: bool = Fal
     """
     _checks.require_tensor("logsumexp", "input", input)
     _checks.require_floating("logsumexp", "input", input)
-    backend = _dispatch.choose_backend(input)
+    backend = _dispatch.choose_backend(input, "logsumexp")
     given = [dim] if isinstance(dim, int) else list(dim)
     for d in given:
         _checks.require_integer("logsumexp", "dim", d)
@@ -131,7 +131,7 @@ def _along(
     if dtype is not None:
         input = input.to(dtype)
     _checks.require_floating(op, "input", input)
-    backend = _dispatch.choose_backend(input)
+    backend = _dispatch.choose_backend(input, op)
     last = input.dim() - 1
     dim = _wrap(op, dim, input.dim())
     if last < 0:
@@ -176,7 +176,7 @@ class SoftmaxFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (y,) = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if _dispatch.differentiates():
             return _bwd_eager(dy, y, ctx.log), None, None
         return _softmax_backward.below(dy, y, ctx.log, ctx.backend), None, None
 
@@ -251,7 +251,7 @@ class LogSumExpFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dlse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, stats = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if _dispatch.differentiates():
             (dx,) = _dispatch.differentiable_vjp(lambda x: torch.logsumexp(x, -1), (x,), (True,), dlse)
             return dx, None
         return _logsumexp_backward.below(dlse, x, stats, ctx.backend), None

@@ -1,0 +1,100 @@
+"""What "auto" gives on a CPU against torch eager, at the sizes that the README's claim names."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dlgpu
+import dlgpu.functional as D
+from dlgpu.bench.harness import Stop, paired
+
+pytestmark = [
+    pytest.mark.perf,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with a GPU is not measured by its CPU"),
+]
+
+
+def _ratio(ours, torchs):
+    """The least that the interval of the ratio of times leaves: noise is no failure."""
+    with dlgpu.use_backend("auto"):
+        return paired(ours, torchs, stop=Stop(budget_s=0.5, warmup_s=0.1)).low
+
+
+def _training(function, leaves, dy=None):
+    def call():
+        y = function(*leaves)
+        return torch.autograd.grad(y, leaves, dy if y.dim() else None)
+
+    return call
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize(("M", "N", "K"), [(64, 64, 64), (256, 512, 784), (1024, 1024, 1024)])
+def test_linear(M, N, K, activation):
+    leaves = [torch.randn(*shape, requires_grad=True) for shape in ((M, K), (N, K), (N,))]
+    dy = torch.randn(M, N)
+    act = getattr(F, activation)
+    ours = _training(lambda *leaves: D.linear(*leaves, activation=activation), leaves, dy)
+    assert _ratio(ours, _training(lambda *leaves: act(F.linear(*leaves)), leaves, dy)) <= 1.2
+
+
+@pytest.mark.parametrize(("N", "C"), [(1024, 1000), (64, 128256)])
+def test_cross_entropy(N, C):
+    x, t = torch.randn(N, C, requires_grad=True), torch.randint(0, C, (N,))
+    ours, torchs = (_training(lambda x, f=f: f(x, t), [x]) for f in (D.cross_entropy, F.cross_entropy))
+    assert _ratio(ours, torchs) <= 1.25
+
+
+LOSSES = {
+    **{name: (getattr(D, name), getattr(F, name)) for name in ("mse_loss", "l1_loss", "smooth_l1_loss")},
+    "huber_loss": (D.huber_loss, F.huber_loss),
+    "binary_cross_entropy_with_logits": (
+        lambda x, t: D.binary_cross_entropy_with_logits(x, t.abs()),
+        lambda x, t: F.binary_cross_entropy_with_logits(x, t.abs()),
+    ),
+    "hinge_loss": (lambda x, t: D.hinge_loss(x, t.sign()), lambda x, t: F.relu(1 - t.sign() * x).mean()),
+    "multi_margin_loss": (
+        lambda x, t: D.multi_margin_loss(x, t[:, 0].abs().long()),
+        lambda x, t: F.multi_margin_loss(x, t[:, 0].abs().long()),
+    ),
+    "kl_div": (
+        lambda x, t: D.kl_div(x, t.abs(), reduction="batchmean"),
+        lambda x, t: F.kl_div(x, t.abs(), reduction="batchmean"),
+    ),
+    "batch_norm": (
+        lambda x, t: D.batch_norm(x, None, None, training=True, activation="relu").mean(),
+        lambda x, t: F.relu(F.batch_norm(x, None, None, training=True)).mean(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_and_norms(name):
+    x, t = torch.randn(4096, 1024, requires_grad=True), torch.randn(4096, 1024)
+    ours, torchs = (_training(lambda x, f=f: f(x, t), [x]) for f in LOSSES[name])
+    assert _ratio(ours, torchs) <= 1.25
+
+
+SHAPES = {
+    "one": [(4_000_000,)],
+    "many": [(10_000,)] * 1000,
+    "digits": [(256, 64), (256,), (256, 256), (256,), (10, 256), (10,)],
+}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", ["SGD", "Adagrad", "RMSprop", "Adam", "AdamW"])
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_optimizers(shapes, name, fused):
+    if fused and name == "RMSprop":
+        pytest.skip("torch has no fused RMSprop")
+
+    def step(kind, **options):
+        params = [torch.randn(shape, requires_grad=True) for shape in SHAPES[shapes]]
+        for p in params:
+            p.grad = torch.randn_like(p)
+        return getattr(kind, name)(params, lr=1e-3, **options).step
+
+    ratio = _ratio(step(dlgpu.optim), step(torch.optim, **({"fused": True} if fused else {})))
+    # "No slower" than the default, within what the harness can tell.
+    assert ratio <= (1.5 if fused else 1.05)
