@@ -49,7 +49,9 @@ class Names(click.ParamType):
     def __init__(self, known: Iterable[str] = ()) -> None:
         self._known = tuple(known)
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
         if isinstance(value, tuple):
             return value
         names = tuple(filter(None, (part.strip() for part in value.split(","))))
@@ -71,7 +73,9 @@ class _Group(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module, _, attribute = COMMANDS[cmd_name][0].partition(":")
-        found: click.Command = getattr(importlib.import_module(f"dlgpu.bench.{module}"), attribute or "command")
+        found: click.Command = getattr(
+            importlib.import_module(f"dlgpu.bench.{module}"), attribute or "command"
+        )
         return found
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -85,7 +89,9 @@ class _Group(click.Group):
             raise unknown("command", args[0], COMMANDS)
         return super().parse_args(ctx, args)
 
-    def main(self, args: Sequence[str] | None = None, *rest: Any, standalone_mode: bool = True, **more: Any) -> Any:
+    def main(
+        self, args: Sequence[str] | None = None, *rest: Any, standalone_mode: bool = True, **more: Any
+    ) -> Any:
         given = list(sys.argv[1:] if args is None else args)
         # An option of them all, wherever it stands.
         traceback = "--traceback" in given

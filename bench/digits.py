@@ -1,4 +1,4 @@
-"""A classifier of scikit-learn's handwritten digits, trained by two providers side by side on real data.
+"""A classifier of scikit-learn's handwritten digits, trained by two libraries side by side on real data.
 
 1,797 scans of 8 x 8 pixels, a fifth of them held out, 64-256-256-10 with ReLU, batches of 64, Adam. All start from the same
 weights and see the same batches, so that losses can be compared step by step.
@@ -7,12 +7,13 @@ weights and see the same batches, so that losses can be compared step by step.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 
-from .providers import Provider, mlp_shapes
+from .cases.training_step import LIBRARIES
 
 __all__ = ["BATCH", "EPOCHS", "SIZES", "Digits", "Trainer", "batches", "load", "side_by_side"]
 
@@ -66,36 +67,33 @@ def batches(rows: int, epochs: int, seed: int, batch: int = BATCH) -> Iterator[n
 
 
 class Trainer:
-    """The network, its optimizer and its data on one provider."""
+    """The network, its optimizer and its data, by one of the `LIBRARIES`."""
 
     def __init__(
         self,
-        provider: Provider,
+        library: str,
         data: Digits,
         seed: int,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.provider, self.data = provider, data.to(device, dtype)
-        # torch.nn.Linear's initialization, drawn in float32 on the host: the same for every provider, device and dtype.
+        self.library, self.data = LIBRARIES[library], data.to(device, dtype)
+        # torch.nn.Linear's initialization, drawn in float32 on the host: the same for every library, device and dtype.
         generator = torch.Generator().manual_seed(seed)
         self.params: list[torch.Tensor] = []
-        for shape in mlp_shapes(SIZES):
+        for shape in [s for i, o in itertools.pairwise(SIZES) for s in ((o, i), (o,))]:
             fan_in = shape[1] if len(shape) == 2 else self.params[-1].shape[1]
             values = torch.rand(shape, generator=generator).mul_(2).sub_(1).mul_(fan_in**-0.5)
             self.params.append(values.to(device, dtype).requires_grad_())
-        self.optimizer = provider.adam(self.params)
+        self.optimizer = self.library.optimizer(self.params)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in range(0, len(self.params), 2):
-            activation = "relu" if layer < len(self.params) - 2 else None
-            x = self.provider.linear(x, self.params[layer], self.params[layer + 1], activation)
-        return x
+        return self.library.logits(x, self.params[::2], self.params[1::2])
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """One training step; the loss before it."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.provider.cross_entropy(self.logits(x), y)
+        loss = self.library.loss(self.logits(x), y)
         loss.backward()
         self.optimizer.step()
         return loss.detach()

@@ -37,6 +37,7 @@ __all__ = [
     "describe",
     "find_gpu",
     "header",
+    "one_line",
 ]
 
 _TOOL_TIMEOUT_S = 20
@@ -48,6 +49,12 @@ _SOURCES = ("kernels", "fallback", "ops", "_dispatch.py", "functional.py", "nn.p
 
 class UsageError(Exception):
     """What the user asked for cannot be done: one line, exit status 2."""
+
+
+def one_line(error: BaseException) -> str:
+    """An error of somebody else's: its type, and the first line of what it says."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}"[:500]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,9 @@ either side by itself, in 94%, and 98% of verdicts are right.
 
 Disturbed rounds (see `timers`) are left out and kept apart, with the reason; so are those below the clock that the run
 sustained. A whole round goes, not a sample, and by a rule that does not look at the time it took: so that no side wins by it.
-Where more than half of the rounds are disturbed that is the state of the machine, and all are kept.
+Where more than half of the rounds are disturbed that is the state of the machine: all are kept, and there is no verdict.
+Seen on 2 cores with torch's 2 threads: one busy process beside them and each parallel loop waits for a thread that does not
+run, so that functions of 0.2 ms take 56 ms each, and are much the same.
 """
 
 from __future__ import annotations
@@ -97,7 +99,7 @@ class PairedResult:
 
     samples_a, samples_b: seconds a call, one entry a pair that counts, in the order measured.
     ratio, low, high: the median of samples_a / samples_b and its 95% bootstrap interval.
-    repeats_a, repeats_b: calls in one sample.
+    repeats_a, repeats_b: calls in one sample, of the last pair.
     converged: the noise target was met before the budget ran out.
     dropped: the pairs that do not count.
     disturbed: the share of pairs that were disturbed, whether they were dropped or, being too many, not.
@@ -127,8 +129,14 @@ class PairedResult:
         return (self.high - self.low) / (2 * self.ratio)
 
     @property
+    def crowded(self) -> bool:
+        """Whether more than half of the pairs were disturbed: then what was timed is the scheduler."""
+        return self.disturbed > 0.5
+
+    @property
     def verdict(self) -> str:
-        return verdict(self.low, self.high)
+        """`verdict`; of a crowded machine's pairs there is none."""
+        return "AMBIGUOUS" if self.crowded else verdict(self.low, self.high)
 
 
 def verdict(low: float, high: float, band: float = BAND) -> str:
@@ -241,13 +249,16 @@ def interleaved(
     timer = timer or CpuTimer()
     rng = np.random.default_rng(seed)
     start = clock()
-    repeats = _warm_up(functions, stop, timer, clock)
+    fastest = _warm_up(functions, stop, timer, clock)
     rounds = _Rounds(len(functions))
     next_look = max(stop.min_pairs, stop.first_look)
     while True:
+        # Anew each round: on a busy machine a quiet moment may come after the warm-up only.
+        repeats = _repeats(fastest)
         taken: dict[int, Sample] = {}
         for which in map(int, rng.permutation(len(functions))):
             taken[which] = _sample(timer, functions[which], repeats[which])
+            fastest[which] = min(fastest[which], taken[which].seconds / repeats[which])
         rounds.add([taken[which] for which in range(len(functions))], repeats)
         number, spent = len(rounds.seconds), clock() - start
         if progress is not None:
@@ -319,7 +330,7 @@ def time_one(
     stop = stop or Stop()
     timer = timer or CpuTimer()
     start = clock()
-    (repeats,) = _warm_up((function,), stop, timer, clock)
+    (repeats,) = _repeats(_warm_up((function,), stop, timer, clock))
     samples: list[float] = []
     while len(samples) < stop.min_pairs or (
         clock() - start < stop.budget_s and len(samples) < stop.max_pairs
@@ -335,8 +346,8 @@ def _sample(timer: Timer, function: Function, repeats: int) -> Sample:
 
 def _warm_up(
     functions: Sequence[Function], stop: Stop, timer: Timer, clock: Callable[[], float]
-) -> tuple[int, ...]:
-    """Runs the functions in turn for a while; how many calls of each make one sample long enough."""
+) -> list[float]:
+    """Runs the functions in turn for a while; seconds of each one's fastest call."""
     fastest = [math.inf] * len(functions)
     until = clock() + min(stop.warmup_s, stop.budget_s / 4)
     rounds = 0
@@ -344,4 +355,9 @@ def _warm_up(
         for i, function in enumerate(functions):
             fastest[i] = min(fastest[i], _sample(timer, function, 1).seconds)
         rounds += 1
-    return tuple(max(1, math.ceil(MIN_SAMPLE_S / max(t, 1e-9))) for t in fastest)
+    return fastest
+
+
+def _repeats(fastest: Sequence[float]) -> tuple[int, ...]:
+    """How many calls make one sample long enough."""
+    return tuple(max(1, math.ceil(MIN_SAMPLE_S / max(seconds, 1e-9))) for seconds in fastest)

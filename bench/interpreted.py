@@ -81,10 +81,9 @@ def _digits(steps: int, seed: int) -> Iterator[dict[str, Any]]:
     import dlgpu
 
     from .digits import Trainer, load, losses
-    from .providers import PROVIDERS
 
     with dlgpu.use_backend("triton"):
-        trainer = Trainer(PROVIDERS["dlgpu"], load(), seed)
+        trainer = Trainer("dlgpu", load(), seed)
         for loss in losses(trainer, steps, seed):
             yield {"loss": loss}
 

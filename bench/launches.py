@@ -332,7 +332,11 @@ def dry_run(
         dlgpu.use_backend("triton"),
         mock.patch.object(_dispatch.Op, "below", below),
         mock.patch.object(_dispatch.Op, "__call__", call),
+        # A mode is about, and no tracing.
+        mock.patch.object(_dispatch, "direct", lambda args: True),
         mock.patch.object(torch.Tensor, "data_ptr", lambda tensor: addresses(tensor)),
+        # It has no answer for the meta device.
+        mock.patch.object(torch, "is_autocast_enabled", lambda *device: False),
         mock.patch.object(kernels, "_upload_once", lambda array, device, kept: torch.from_numpy(array)),
         recording(limits, note=steps.append, dry=True),
     ):

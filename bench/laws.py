@@ -30,7 +30,7 @@ import torch
 import dlgpu
 from dlgpu.kernels import _triton, configs
 
-from .cases import BOTH, STEP, Make, Op
+from .cases import BOTH, OPS, STEP, Make, Op
 from .cases._base import bind
 from .launches import Record, dry_run, recording
 from .unfused import Row
@@ -192,6 +192,13 @@ def _strip_steps(r: Record) -> int:
     return strips * _cdiv(r["strip"], r["BLOCK_M"]) + _cdiv(rest, r["BLOCK_M"])
 
 
+def _classes(r: Record) -> int:
+    """1 where cross-entropy's targets are class indices, 0 where they are probabilities."""
+    return int(not r["FLAGS"] & _PROBABILITIES)
+
+
+# FLAGS of cross-entropy's launches.
+_PROBABILITIES = 2
 # Rows of cross-entropy that do not lie on 16-byte boundaries.
 _EDGES = 32
 
@@ -205,11 +212,7 @@ def _edge_columns(r: Record) -> int:
     # The rows' phases repeat.
     heads = [min(-row * r["stride_xn"] % vector, r["C"]) for row in range(min(vector, r["N"]))]
     each = [head + (r["C"] - head) % vector for head in heads]
-    return sum(each[row % vector] for row in range(r["N"])) if r["N"] < 64 else _periodic(each, r["N"])
-
-
-def _periodic(each: Sequence[int], count: int) -> int:
-    whole, rest = divmod(count, len(each))
+    whole, rest = divmod(r["N"], len(each))
     return whole * sum(each) + sum(each[:rest])
 
 
@@ -291,7 +294,14 @@ _UNSPLIT = {
     name: {_short(name): lambda r, name=name: _single(r) * r.bytes_of(name)}
     for name in ("loss_ptr", "stats_ptr", "lse_ptr", "correct_ptr")
 }
+# Class indices are asked for by each block of columns, probabilities are read as the logits are.
+_TARGETS = {
+    "columns target": lambda r: _classes(r) * r["grid1"] * r.bytes_of("target_ptr"),
+    "target": lambda r: (1 - _classes(r)) * r.bytes_of("target_ptr"),
+}
 _TENSORS = {"T": lambda r: r["tensors"]}
+# Of 12 float32 numbers each. The addresses of their learning rates are padded to an even number.
+_GROUPS = {"groups": lambda r: r.bytes_of("hyper_ptr") // 48}
 _MULTI = {
     "programs": lambda r: r["grid0"],
     "tensors with a rest": lambda r: r["rests"],
@@ -301,12 +311,12 @@ _MULTI = {
 ONCE: dict[str, dict[str, Terms]] = {
     "_batch_norm_finish_kernel": {"x_ptr": _elements("x_ptr", C=lambda r: r["C"])},
     "_cross_entropy_fwd_kernel": _UNSPLIT,
-    "_cross_entropy_combine_kernel": {"x_ptr": _elements("x_ptr", N=_rows)},
+    "_cross_entropy_combine_kernel": {"x_ptr": _elements("x_ptr", N=lambda r: _classes(r) * r["N"])},
     "_linear_cross_entropy_fwd_kernel": _head_once() | {"partial_ptr": _PARTIAL},
     "_linear_cross_entropy_dz_kernel": _head_once() | _DZ | {"scales_ptr": _SCALES},
     "_loss_fwd_kernel": _REDUCED,
     "_multi_margin_fwd_kernel": _REDUCED,
-    "_prologue_kernel": {"table_ptr": _TENSORS},
+    "_prologue_kernel": {"table_ptr": _TENSORS, "lr_address_ptr": _GROUPS},
     "_multi_tensor_kernel": {"table_ptr": _TENSORS, "scalars_ptr": _TENSORS},
 }
 TERMS: dict[str, dict[str, Terms]] = {
@@ -340,13 +350,14 @@ TERMS: dict[str, dict[str, Terms]] = {
     "_batch_norm_dx_kernel": _by_program("stats_ptr", "dw_ptr", "db_ptr", "w_ptr", "b_ptr"),
     "_dropout_kernel": _by_program("seed_ptr"),
     "_cross_entropy_fwd_kernel": {
-        "x_ptr": {**_own("x_ptr"), **_elements("x_ptr", N=lambda r: _single(r) * r["N"])},
-        **_by_column("target_ptr"),
+        "x_ptr": {**_own("x_ptr"), **_elements("x_ptr", N=lambda r: _single(r) * _classes(r) * r["N"])},
+        "target_ptr": _TARGETS,
         **_UNSPLIT,
     },
-    "_cross_entropy_combine_kernel": {"x_ptr": _elements("x_ptr", N=_rows)},
+    "_cross_entropy_combine_kernel": {"x_ptr": _elements("x_ptr", N=lambda r: _classes(r) * r["N"])},
     "_cross_entropy_bwd_kernel": {
-        **_by_column("target_ptr", "stats_ptr"),
+        **_by_column("stats_ptr"),
+        "target_ptr": _TARGETS,
         "dloss_ptr": _elements("dloss_ptr", **{"columns N": lambda r: r["grid1"] * r["N"]}),
         "denominator_ptr": _times("denominator_ptr", programs=lambda r: r.programs),
     },
@@ -411,7 +422,6 @@ class Laws:
     def __post_init__(self) -> None:
         table = {(law.kernel, law.operand, law.quantity): law for law in self.laws}
         object.__setattr__(self, "_table", table)
-        object.__setattr__(self, "_kernels", {law.kernel for law in self.laws})
 
     def __call__(self, record: Record) -> Traffic:
         """The traffic of a launch.
@@ -419,17 +429,25 @@ class Laws:
         Raises:
             LawError: no law covers it.
         """
-        table: dict[tuple[str, str, str], Law] = self._table  # type: ignore[attr-defined]
-        if record.key not in self._kernels:  # type: ignore[attr-defined]
-            raise LawError(f"{record.key} was never metered")
-        found = dict.fromkeys(QUANTITIES, 0)
-        for operand in record.operands:
-            for quantity in QUANTITIES:
-                law = table.get((record.key, operand, quantity))
-                if law is None:
-                    raise LawError(f"{record.key}: no metered launch had the argument {operand}")
-                found[quantity] += law(record)
+        found = {
+            quantity: sum(self.one(record, operand, quantity) for operand in record.operands)
+            for quantity in QUANTITIES
+        }
         return Traffic(**found)
+
+    def one(self, record: Record, operand: str, quantity: str) -> int:
+        """Bytes of one argument.
+
+        Raises:
+            LawError: no law covers it.
+        """
+        table: dict[tuple[str, str, str], Law] = self._table  # type: ignore[attr-defined]
+        law = table.get((record.key, operand, quantity))
+        if law is None:
+            known = any(kernel == record.key for kernel, *_ in table)
+            what = f"no metered launch had the argument {operand}" if known else "was never metered"
+            raise LawError(f"{record.key}: {what}")
+        return law(record)
 
     def text(self, kernel: str, quantity: str) -> str:
         """A kernel's law in a line; "compulsory" for what is read and written together."""
@@ -562,4 +580,215 @@ def _by_operand(record: Record, args: Mapping[str, Any]) -> dict[str, Traffic]:
             before.written + argument.compulsory_writes,
             before.requested + argument.requested,
         )
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Probes:
+    """Where an op is metered: the laws are fitted on `fit`, and on that of the ops `like`, and then held to `held_out`."""
+
+    fit: tuple[Probe, ...] = ()
+    held_out: tuple[Probe, ...] = ()
+    like: tuple[str, ...] = ()
+
+
+def _probes(names: str, *rows: tuple[int, ...], **settings: Any) -> tuple[Probe, ...]:
+    return tuple(Probe(dict(zip(names.split(), row, strict=True)), **settings) for row in rows)
+
+
+_FP32, _FP16 = torch.float32, torch.float16
+_CUT = {"linear_cross_entropy_chunk": 128, "linear_cross_entropy_split": 2}
+_MN = Probes(
+    _probes("M N", (25, 40), (90, 103)), (*_probes("M N", (7, 333), dtype=_FP32), *_probes("M N", (77, 51)))
+)
+_ROWS = Probes(
+    _probes("N V", (70, 16), (9, 300), (2, 33000)),
+    (*_probes("N V", (5, 4100), dtype=_FP32), *_probes("N V", (3, 20001), (1, 40000))),
+)
+_NORM = Probes(
+    _probes("M N", (70, 16), (33, 304), (3, 9000), (2, 40000)),
+    (*_probes("M N", (20, 1000), dtype=_FP32), *_probes("M N", (5, 17000))),
+)
+_LOSS = Probes(
+    (
+        *_probes("M N", (25, 40), (90, 103), (60, 117)),
+        *_probes("M N", (25, 40), (90, 103), options={"reduction": "none"}),
+    ),
+    (
+        *_probes("M N", (7, 333), dtype=_FP32),
+        *_probes("M N", (77, 151), options={"reduction": "sum"}),
+    ),
+)
+_STEPS = _probes("n tensors", (4000, 1), (9001, 1), (10002, 2), (12000, 3), (3003, 5), (77, 7), dtype=_FP32)
+_STEPS_HELD_OUT = (
+    *_probes("n tensors", (15001, 1), (8765, 6), dtype=_FP32),
+    *_probes("n tensors", (5005, 3)),
+)
+
+
+def _optimizer(**options: tuple[Any, ...]) -> Probes:
+    """With the default options, and with each of these."""
+    changed = [{name: value} for name, values in options.items() for value in values]
+    return Probes(
+        (*_STEPS, *(dataclasses.replace(p, options=o) for o in changed for p in _STEPS)),
+        (*_STEPS_HELD_OUT, *(dataclasses.replace(_STEPS_HELD_OUT[1], options=o) for o in changed)),
+    )
+
+
+# Small sizes with whole, partial, many and single tiles, aligned rows and others, every kernel and every term of its laws.
+PROBES: dict[str, Probes] = {
+    "linear": Probes(
+        (
+            # The last one's batch is cut into parts.
+            *_probes("M N K", (33, 40, 24), (130, 136, 72), (150, 40, 264), (2100, 24, 16)),
+            *_probes("M N K", (130, 136, 72), (70, 33, 7), dtype=_FP32),
+            *_probes("M N K", (70, 48, 16), options={"activation": "none"}),
+        ),
+        (
+            *_probes("M N K", (200, 72, 104), dtype=_FP16),
+            *_probes("M N K", (65, 48, 77), dtype=_FP32),
+            *_probes("M N K", (70, 48, 16), options={"activation": "relu"}),
+            *_probes("M N K", (7, 8, 16)),
+        ),
+    ),
+    "mlp": Probes(
+        (
+            *_probes("M I H O L", (70, 24, 40, 16, 2), (130, 72, 136, 24, 3), (70, 16, 72, 10, 2)),
+            *_probes("M I H O L", (70, 24, 40, 16, 2), (130, 72, 136, 24, 2), dtype=_FP32),
+        ),
+        (
+            *_probes("M I H O L", (65, 16, 48, 8, 3), dtype=_FP16),
+            *_probes("M I H O L", (64, 16, 24, 10, 3), dtype=_FP32),
+        ),
+        like=("linear",),
+    ),
+    "gated_linear": Probes(
+        (
+            *_probes("M H K", (33, 40, 24), (130, 136, 72)),
+            *_probes("M H K", (70, 48, 16), (130, 24, 72), dtype=_FP32),
+        ),
+        (
+            *_probes("M H K", (65, 48, 24), dtype=_FP16),
+            *_probes("M H K", (7, 9, 30), dtype=_FP32),
+            *_probes("M H K", (70, 48, 16), options={"unit": "reglu"}),
+        ),
+        like=("linear",),
+    ),
+    "activation": _MN,
+    "dropout": _MN,
+    "cross_entropy": Probes(
+        (
+            *_probes("N V", (70, 16), (9, 304), (9, 300), (2, 8300), (3, 33000)),
+            *_probes("N V", (70, 16), (9, 300), (6, 33000), options={"grad_in_forward": True}),
+            *_probes("N V", (9, 304), (2, 8300), options={"target": "probabilities"}),
+            *_probes("N V", (9, 304), (2, 8300), options={"label_smoothing": 0.1}),
+        ),
+        (
+            *_probes("N V", (18, 1003), (17, 8192)),
+            *_probes("N V", (3, 12345), dtype=_FP32),
+            *_probes("N V", (11, 1001), (2, 20000), options={"grad_in_forward": True}),
+            *_probes("N V", (5, 77), options={"target": "probabilities"}),
+        ),
+    ),
+    "linear_cross_entropy": Probes(
+        (
+            *_probes("N V H", (70, 152, 48), (130, 272, 64)),
+            *_probes("N V H", (70, 152, 48), (130, 272, 64), options={"memory": "lean"}),
+            *_probes("N V H", (70, 400, 48), (130, 272, 32), patches=_CUT),
+            *_probes("N V H", (70, 400, 48), (130, 272, 32), patches=_CUT, options={"memory": "lean"}),
+        ),
+        (
+            *_probes("N V H", (75, 300, 33), dtype=_FP32),
+            *_probes("N V H", (140, 520, 16), patches=_CUT, options={"memory": "lean"}),
+        ),
+        like=("linear",),
+    ),
+    "softmax": _ROWS,
+    "log_softmax": _ROWS,
+    "logsumexp": _ROWS,
+    "mse_loss": _LOSS,
+    "l1_loss": _LOSS,
+    "smooth_l1_loss": _LOSS,
+    "huber_loss": _LOSS,
+    "binary_cross_entropy_with_logits": _LOSS,
+    "hinge_loss": _LOSS,
+    "kl_div": _LOSS,
+    "multi_margin_loss": Probes(
+        (
+            *_probes("M N", (70, 10), (9, 300), (3, 9000)),
+            *_probes("M N", (9, 300), (70, 10), options={"reduction": "none"}),
+        ),
+        (*_probes("M N", (11, 333), dtype=_FP32), *_probes("M N", (2, 8500), options={"p": 2})),
+    ),
+    "batch_norm": Probes(
+        _probes("N C", (100, 40), (70, 24), (700, 72), (1100, 24)),
+        (*_probes("N C", (600, 40), dtype=_FP32), *_probes("N C", (33, 17))),
+    ),
+    "layer_norm": _NORM,
+    "rms_norm": _NORM,
+    "sgd": _optimizer(momentum=(0.0,)),
+    "adagrad": _optimizer(),
+    "rmsprop": _optimizer(momentum=(0.9,)),
+    "adam": _optimizer(amsgrad=(True,)),
+    "adamw": _optimizer(amsgrad=(True,)),
+    "training_step": Probes(
+        (),
+        _probes("M I H O L", (64, 16, 24, 10, 2), (70, 24, 40, 16, 3)),
+        like=("mlp", "linear", "cross_entropy", "adam"),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Derived:
+    """An op's laws, and what they were fitted on and held to: how many launches, and at which sizes."""
+
+    op: str
+    laws: Laws
+    fitted: int
+    held_out: int
+    held_out_at: tuple[str, ...]
+
+
+class Meter:
+    """Derives laws; what several ops share is metered once."""
+
+    def __init__(self) -> None:
+        self._samples: dict[str, list[Sample]] = {}
+
+    def samples(self, name: str) -> list[Sample]:
+        """What an op's launches were given and moved at the sizes that laws are fitted on."""
+        if name not in self._samples:
+            probes = PROBES[name]
+            own = [sample for probe in probes.fit for sample in meter(OPS[name], probe)]
+            self._samples[name] = own + [sample for other in probes.like for sample in self.samples(other)]
+        return self._samples[name]
+
+    def derive(self, name: str) -> Derived:
+        """Meters an op, fits its laws and holds them to the other sizes.
+
+        Raises:
+            LawError: there are no such laws, or one misses a held-out launch.
+        """
+        if name not in PROBES:
+            raise LawError(f"{name}: no sizes to meter it at")
+        samples = self.samples(name)
+        laws = fit(samples)
+        held_out = [(probe, sample) for probe in PROBES[name].held_out for sample in meter(OPS[name], probe)]
+        for probe, sample in held_out:
+            if errors := check(laws, sample):
+                raise LawError(f"{name} at {probe}: {errors[0]}")
+        at = tuple(str(probe) for probe in PROBES[name].held_out)
+        return Derived(name, laws, len(samples), len(held_out), at)
+
+
+def check(laws: Laws, sample: Sample) -> list[str]:
+    """Where the laws miss what a launch moved, argument by argument."""
+    found = []
+    for operand, traffic in sample.operands.items():
+        for quantity in QUANTITIES:
+            predicted = laws.one(sample.record, operand, quantity)
+            if predicted != getattr(traffic, quantity):
+                what = f"{sample.record.key}, {quantity} bytes of {operand}"
+                found.append(f"{what}: {getattr(traffic, quantity)} were metered, the law gives {predicted}")
     return found

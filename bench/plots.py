@@ -8,7 +8,6 @@ Universal Design", 2008), which people with colour-blindness tell apart, and no 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import io
 import math
 import re
@@ -18,12 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from .tables import bytes_text, median, plain, row_title, seconds, verdict
+from .ceilings import COPY
+from .tables import bytes_text, median, plain, seconds, verdict
 
 __all__ = ["PLOTS", "Plot", "Theme", "as_png", "as_svg", "draw"]
 
 Row = Mapping[str, Any]
 
+# Providers that run torch's operations one by one, so that their bytes are counted.
+UNFUSED = ("eager", "torch")
 # Rows in one figure: more are cut into several.
 MOST_BARS = 36
 MOST_PANELS = 12
@@ -66,9 +68,10 @@ class Plot:
 def draw(document: Row, theme: Theme | None = None) -> list[Plot]:
     """All plots of a document."""
     import matplotlib
+    from cycler import cycler
 
     theme = theme or _PLACEHOLDERS
-    settings = {
+    settings: dict[Any, Any] = {
         "font.family": ["DejaVu Sans"],
         "font.size": 9.0,
         "text.parse_math": False,
@@ -83,6 +86,8 @@ def draw(document: Row, theme: Theme | None = None) -> list[Plot]:
         "axes.axisbelow": True,
         "xtick.color": theme.ink,
         "ytick.color": theme.ink,
+        "lines.color": theme.grey,
+        "axes.prop_cycle": cycler(color=[theme.grey]),
         "grid.color": theme.faint,
         "grid.linewidth": 0.6,
         "hatch.color": theme.ink,
@@ -107,7 +112,7 @@ def as_svg(figure: Any, name: str) -> str:
 
     file = io.StringIO()
     # The salt makes two drawings of one figure equal.
-    settings = {"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False}
+    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
@@ -145,10 +150,8 @@ def _ceilings(document: Row, unit: str) -> list[Row]:
 
 
 def _bandwidth(document: Row) -> Row | None:
-    """The ceiling that bytes are held to: the largest copy, or the largest there is."""
-    found = _ceilings(document, "B/s")
-    copies = [row for row in found if "copy" in row["name"]]
-    return max(copies or found, key=lambda row: row["value"], default=None)
+    """The ceiling that bytes are held to: copying from memory; not within a cache, which most bytes do not fit into."""
+    return next((row for row in _ceilings(document, "B/s") if row["name"] == COPY), None)
 
 
 def _cut(text: str, limit: int = LONGEST_LABEL) -> str:
@@ -167,7 +170,7 @@ def _label(row: Row, against: bool = True) -> str:
     return f"{_cut(plain(first))}\n{_cut(plain(second))}"
 
 
-def _parts(rows: Sequence[Row], most: int = MOST_BARS) -> Iterator[list[Row]]:
+def _parts(rows: Sequence[Any], most: int = MOST_BARS) -> Iterator[list[Any]]:
     """Nearly equal parts of at most so many."""
     count = max(1, math.ceil(len(rows) / most))
     for part in np.array_split(np.arange(len(rows)), count):
@@ -205,10 +208,10 @@ def speed_ups(document: Row, theme: Theme) -> Plot:
     plot = Plot(
         "speed-ups",
         "Speed-up",
-        "The other's time over dlgpu's, median and 95% interval. Right of 1x dlgpu is faster. Grey: within 2%, or too noisy to "
-        "tell; hatched: slower.",
+        "The other's time over dlgpu's, median and 95% interval. Right of 1x dlgpu is faster. Grey: within 2%, or too noisy "
+        "to tell; hatched: slower.",
     )
-    rows = [row for row in _timings(document)]
+    rows = _timings(document)
     if not rows:
         return dataclasses.replace(plot, absent="this file holds no timings")
     figures = []
@@ -262,8 +265,8 @@ def roofline(document: Row, theme: Theme) -> Plot:
     plot = Plot(
         "roofline",
         "Roofline",
-        "Lines: what was measured in the same run, copying and multiplying matrices. A full dot is dlgpu at its metered bytes, "
-        "a ring is the other at the bytes of unfused operations; the line between them is what fusing did.",
+        "Lines: what was measured in the same run, copying and multiplying matrices. A full dot is dlgpu at its metered "
+        "bytes, a ring is torch eager at the bytes of its unfused operations; the line between them is what fusing did.",
     )
     bandwidth = _bandwidth(document)
     peaks = sorted(_ceilings(document, "FLOP/s"), key=lambda row: row["value"])
@@ -301,11 +304,15 @@ def roofline(document: Row, theme: Theme) -> Plot:
         low * 1.15,
         low * 1.15 * speed / 1e12 * 1.12,
         f"copy: {speed / 1e9:.4g} GB/s",
-        rotation=45,
+        rotation=math.degrees(math.atan2(speed / 1e12, 1)),
         rotation_mode="anchor",
         transform_rotates_text=True,
         fontsize=7.5,
     )
+    _plain_log_ticks(axes.xaxis)
+    _plain_log_ticks(axes.yaxis)
+    # Sets the layout, and with it where points are.
+    figure.draw_without_rendering()
     taken: list[tuple[float, float]] = []
     for number, point in enumerate(points, 1):
         x, y = point["x"], point["y"] / 1e12
@@ -319,8 +326,10 @@ def roofline(document: Row, theme: Theme) -> Plot:
     axes.set_xlabel("arithmetic intensity (FLOP per byte moved, log scale)")
     axes.set_ylabel("achieved (TFLOP/s, log scale)")
     key.axis("off")
-    lines = [f"{number}  {point['label']}" for number, point in enumerate(points, 1)]
-    key.text(0, 1, "\n".join(lines), va="top", fontsize=6.8, linespacing=1.35, transform=key.transAxes)
+    # Two texts: a browser draws no leading blanks.
+    texts: dict[str, Any] = {"va": "top", "fontsize": 6.8, "linespacing": 1.35, "transform": key.transAxes}
+    key.text(0, 1, "\n".join(f"{number}\n" for number in range(1, len(points) + 1)), **texts)
+    key.text(0.06, 1, "\n".join(point["label"] for point in points), **texts)
     return dataclasses.replace(plot, figures=(figure,))
 
 
@@ -329,7 +338,7 @@ MOST_POINTS = 14
 
 
 def _roofline_points(document: Row) -> list[dict[str, Any]]:
-    """One a timing with FLOPs and bytes; of the same op against several others the first."""
+    """One a timing with FLOPs and bytes; of the same op against several others one."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in _timings(document):
         if not row.get("flops") or not row.get("compulsory_bytes"):
@@ -337,15 +346,17 @@ def _roofline_points(document: Row) -> list[dict[str, Any]]:
         label = _label({**row, "b": ""}, against=False)
         key = (label, row["device"], row["cache"])
         other = None
-        if row.get("unfused_bytes"):
+        if row.get("unfused_bytes") and row["b"] in UNFUSED:
             other = (row["flops"] / row["unfused_bytes"], row["flops"] / median(row["samples_b_s"]))
         point = {
             "x": row["flops"] / row["compulsory_bytes"],
             "y": row["flops"] / median(row["samples_a_s"]),
             "other": other,
-            "label": "\n     ".join(_cut(line, 42) for line in label.split("\n")),
+            "label": "\n".join(_cut(line, 42) for line in label.split("\n")),
         }
-        found.setdefault(key, point)
+        # That of torch eager, where there is one, since its bytes are known.
+        if key not in found or (other and not found[key]["other"]):
+            found[key] = point
     return sorted(found.values(), key=lambda point: point["x"])[:MOST_POINTS]
 
 
@@ -353,12 +364,12 @@ def _number(
     axes: Any, number: int, x: float, y: float, taken: list[tuple[float, float]], theme: Theme
 ) -> None:
     """Writes a point's number beside it, where no other is."""
-    here = axes.transData.transform((x, y))
+    here, pixels = axes.transData.transform((x, y)), axes.figure.dpi / 72
     for ring in (9, 18, 27):
         for angle in range(0, 360, 45):
             dx, dy = ring * math.cos(math.radians(angle + 45)), ring * math.sin(math.radians(angle + 45))
-            place = (here[0] + dx, here[1] + dy)
-            if all(abs(place[0] - a) > 11 or abs(place[1] - b) > 9 for a, b in taken):
+            place = (here[0] + dx * pixels, here[1] + dy * pixels)
+            if all(abs(place[0] - a) > 11 * pixels or abs(place[1] - b) > 9 * pixels for a, b in taken):
                 taken.append(place)
                 line = {"arrowstyle": "-", "color": theme.grey, "linewidth": 0.6} if ring > 9 else None
                 axes.annotate(
@@ -379,8 +390,8 @@ def bandwidth(document: Row, theme: Theme) -> Plot:
     plot = Plot(
         "bandwidth",
         "Achieved bandwidth",
-        "dlgpu's metered bytes over its time, as a share of the copy bandwidth measured in the same run. A kernel bound by memory "
-        "cannot pass 100%.",
+        "dlgpu's metered bytes over its time, as a share of the copy bandwidth measured in the same run. A kernel bound by "
+        "memory cannot pass 100%.",
     )
     ceiling = _bandwidth(document)
     found: dict[str, Row] = {}
@@ -414,22 +425,22 @@ def bytes_moved(document: Row, theme: Theme) -> Plot:
     plot = Plot(
         "bytes",
         "Bytes moved, fused and unfused",
-        "How many times the bytes of dlgpu's kernels torch's operations move one by one. Counts, not timings: metered access by "
-        "access in Triton's interpreter, and counted on tensors without memory.",
+        "How many times the bytes of dlgpu's kernels torch's operations move one by one. Counts, not timings: metered access "
+        "by access in Triton's interpreter, and counted on tensors without memory.",
     )
     found: dict[tuple[str, str], tuple[Row, float, float]] = {}
     for row in document["rows"]:
         if row["kind"] not in ("timing", "count") or not row.get("compulsory_bytes"):
             continue
         unfused = row.get("unfused_bytes") or {}
-        for name, size in unfused.items() if isinstance(unfused, dict) else [("unfused", unfused)]:
+        for name, size in unfused.items() if isinstance(unfused, dict) else [("", unfused)]:
             found.setdefault((_label(row, against=False), name), (row, row["compulsory_bytes"], size))
     if not found:
         return dataclasses.replace(plot, absent="this file holds no byte counts of both sides")
     figures = []
-    for keys in _parts([{"key": key} for key in found]):
+    for keys in _parts(list(found)):
         figure, axes, y = _bars(keys)
-        rows = [found[row["key"]] for row in keys]
+        rows = [found[key] for key in keys]
         times = np.array([unfused / fused for _, fused, unfused in rows])
         axes.barh(y, np.minimum(times, 1), height=0.6, color=theme.ours, label="dlgpu (= 1)")
         axes.barh(
@@ -447,7 +458,7 @@ def bytes_moved(document: Row, theme: Theme) -> Plot:
                 text, (max(many, 1), at), (4, 0), textcoords="offset points", va="center", fontsize=7.5
             )
         axes.set_xlim(0, max(1.0, times.max()) * 1.75)
-        names = [f"{row['key'][0]}, {_cut(plain(row['key'][1]), 30)}" for row in keys]
+        names = [f"{label}, {_cut(plain(name), 30)}" if name else label for label, name in keys]
         axes.set_yticks(y, names, fontsize=7.5)
         axes.axvline(1, color=theme.ink, linewidth=1)
         axes.grid(axis="x")
@@ -488,7 +499,7 @@ def time_against_size(document: Row, theme: Theme) -> Plot:
     if not several:
         return dataclasses.replace(plot, absent="no op was measured at two sizes")
     figures = []
-    for part in _parts(list(several.items()), MOST_PANELS):  # type: ignore[arg-type]
+    for part in _parts(list(several.items()), MOST_PANELS):
         columns = min(3, len(part))
         lines = math.ceil(len(part) / columns)
         figure = _figure(9.0 if columns > 1 else 5.5, 0.6 + 2.6 * lines)
@@ -543,7 +554,7 @@ def _plain_log_ticks(axis: Any) -> None:
         return f"{value:.3g}"
 
     low, high = axis.get_view_interval()
-    subs = (1.0,) if high / low > 30 else (1.0, 2.0, 5.0)
+    subs = (1.0,) if high / low > 300 else (1.0, 2.0, 5.0)
     axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=6))
     axis.set_major_formatter(FuncFormatter(text))
     axis.set_minor_formatter(NullFormatter())
@@ -554,7 +565,7 @@ def where_from(document: Row, theme: Theme) -> Plot:
     plot = Plot(
         "where-from",
         "Where the speed-up comes from",
-        "Time saved, in percent of the other's time. Bytes: those not moved, at the measured copy bandwidth. Launches: those not "
+        "Time saved, in percent of torch eager's. Bytes: those not moved, at the measured copy bandwidth. Launches: those not "
         "made, at the measured rate. The rest is what neither explains: better or worse kernels, and overlap. The diamond is "
         "the sum, as measured.",
     )
@@ -564,7 +575,7 @@ def where_from(document: Row, theme: Theme) -> Plot:
     launches = max(_ceilings(document, "1/s"), key=lambda row: row["value"], default=None)
     rows, parts = [], []
     for row in _timings(document):
-        if row.get("compulsory_bytes") is None or row.get("unfused_bytes") is None:
+        if row["b"] not in UNFUSED or row.get("compulsory_bytes") is None or row.get("unfused_bytes") is None:
             continue
         ours, other = median(row["samples_a_s"]), median(row["samples_b_s"])
         by_bytes = (row["unfused_bytes"] - row["compulsory_bytes"]) / ceiling["value"]
@@ -576,16 +587,16 @@ def where_from(document: Row, theme: Theme) -> Plot:
         rows.append(row)
         parts.append(100 / other * np.array([by_bytes, by_launches, saved - by_bytes - by_launches, saved]))
     if not rows:
-        return dataclasses.replace(plot, absent="no timing has the bytes of both sides")
+        return dataclasses.replace(plot, absent="no timing against torch eager has the bytes of both sides")
     sides = (
         ("bytes not moved", theme.ours, None),
         ("launches not made", theme.third, "..."),
         ("the rest", theme.grey, "///"),
     )
     figures = []
-    for indices in _parts([{"i": i} for i in range(len(rows))]):
-        part = [rows[row["i"]] for row in indices]
-        values = np.array([parts[row["i"]] for row in indices])
+    for both in _parts(list(zip(rows, parts, strict=True))):
+        part = [row for row, _ in both]
+        values = np.array([value for _, value in both])
         figure, axes, y = _bars(part)
         right, left = np.zeros(len(part)), np.zeros(len(part))
         for column, (name, colour, hatch) in enumerate(sides):
@@ -597,8 +608,8 @@ def where_from(document: Row, theme: Theme) -> Plot:
             values[:, 3], y, "D", color=theme.ink, markersize=5, label="saved, measured", linestyle="none"
         )
         for at, end, row, saved in zip(y, right, part, values[:, 3], strict=True):
-            ours, other = (seconds(median(row[name])) for name in ("samples_a_s", "samples_b_s"))
-            text = f"{saved:.0f}%: {other} to {ours}"
+            before, after = (seconds(median(row[name])) for name in ("samples_b_s", "samples_a_s"))
+            text = f"{saved:.0f}%: {before} to {after}"
             axes.annotate(
                 text, (max(end, saved), at), (7, 0), textcoords="offset points", va="center", fontsize=7.5
             )
@@ -607,7 +618,7 @@ def where_from(document: Row, theme: Theme) -> Plot:
         axes.set_yticks(y, [_label(row) for row in part], fontsize=7.5)
         axes.axvline(0, color=theme.ink, linewidth=1)
         axes.grid(axis="x")
-        axes.set_xlabel("time saved (% of the other's time)")
+        axes.set_xlabel("time saved (% of torch eager's time)")
         _legend_above(axes)
         figures.append(figure)
     return dataclasses.replace(plot, figures=tuple(figures))

@@ -37,6 +37,7 @@ __all__ = [
     "section_title",
     "sections",
     "sentence",
+    "sentences",
     "summary",
     "verdict",
 ]
@@ -142,13 +143,19 @@ def sentence(row: Row) -> str:
     if kind == "wrong":
         return plain(f"{row_title(row)}: WRONG RESULT of {row['provider']}, not timed: {row['detail']}", 600)
     if kind == "impossible":
-        return plain(f"{row_title(row)}: IMPOSSIBLE TIME of {row['provider']}: {row['detail']}", 600)
-    if kind == "absent":
         return plain(
-            f"{row['provider']} is not installed" + (f": {row['reason']}" if row.get("reason") else "")
+            f"{row_title(row)}: IMPOSSIBLE TIME of {row['provider']}: {row['detail'].removeprefix('impossible: ')}",
+            600,
         )
+    if kind == "absent":
+        return plain(f"{row['provider']} is absent" + (f": {row['reason']}" if row.get("reason") else ""))
     said = row.get("reason") or row.get("message") or row.get("detail") or ""
     return plain(f"{row_title(row)}: {kind}" + (f": {said}" if said else ""), 600)
+
+
+def sentences(rows: Iterable[Row]) -> list[str]:
+    """Of rows without a table, each sentence once: a provider may be absent many times."""
+    return list(dict.fromkeys(sentence(row) for row in rows))
 
 
 def _largest(values: Sequence[float | None]) -> str:
@@ -404,7 +411,7 @@ def as_markdown(document: Row) -> str:
                 lines += [f"{NOTES[kind][0].upper()}{NOTES[kind][1:]}.", ""]
             table = columns(rows)
             if table is None:
-                lines += [f"- {markdown_escaped(sentence(row))}" for row in rows]
+                lines += [f"- {markdown_escaped(text)}" for text in sentences(rows)]
             else:
                 cells = ([column.cell(row) for column in table] for row in rows)
                 lines += markdown_table([c.name for c in table], cells, [c.right for c in table])

@@ -11,7 +11,7 @@ import itertools
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -24,13 +24,13 @@ __all__ = [
     "Function",
     "GpuWatch",
     "GraphTimer",
-    "Rotation",
     "Sample",
     "Timer",
     "Watch",
     "cpu_cache_bytes",
     "cpu_flusher",
     "gpu_flusher",
+    "timer_for",
 ]
 
 Function = Callable[[], object]
@@ -287,7 +287,7 @@ class GraphTimer:
     """Seconds on the GPU of calls captured into a CUDA graph: without the host's part, as in a training step that is one.
 
     Hot, a graph of several calls is replayed in a row. Cold, a graph of one call is replayed after each overwriting of the
-    cache; or give a `Rotation` over inputs that together exceed it, and the graph holds one call of each.
+    cache, which keeps the GPU busy while the host launches the graph.
 
     Args:
         flush: overwrites the cache before each replay; None leaves it as it is.
@@ -338,9 +338,6 @@ class GraphTimer:
     def _graph(self, function: Function) -> tuple[Any, int]:
         if id(function) not in self._graphs:
             calls = self.CALLS if self._flush is None else 1
-            if isinstance(function, Rotation):
-                # Whole rounds, so that each input's turn comes equally often.
-                calls = len(function.calls) * math.ceil(calls / len(function.calls))
             self._graphs[id(function)] = (function, self._capture(function, calls), calls)
         _, graph, calls = self._graphs[id(function)]
         return graph, calls
@@ -380,27 +377,6 @@ def _captured(function: Function, calls: int) -> Any:
     return graph
 
 
-class Rotation:
-    """A call that takes the next of several bound ones each time: their inputs together exceed the cache, so that each
-    comes in cold with nothing between the calls.
-
-    Args:
-        calls: the same function, on inputs of its own each.
-    """
-
-    def __init__(self, calls: Sequence[Function]) -> None:
-        self.calls = tuple(calls)
-        self._next = itertools.cycle(self.calls)
-
-    def __call__(self) -> object:
-        return next(self._next)()
-
-    @staticmethod
-    def copies(nbytes: int, cache_bytes: int) -> int:
-        """How many sets of inputs of `nbytes` each together exceed the cache as often as a flush does; 2 at least."""
-        return max(2, math.ceil(FLUSH * cache_bytes / max(nbytes, 1)))
-
-
 def cpu_cache_bytes() -> int:
     """The CPU's last level of cache; 32 MiB where the system does not say."""
     sizes = []
@@ -426,3 +402,37 @@ def gpu_flusher() -> Callable[[], object]:
 
     nbytes = FLUSH * torch.cuda.get_device_properties().L2_cache_size
     return torch.empty(max(nbytes, 1 << 20), dtype=torch.uint8, device="cuda").zero_
+
+
+def timer_for(device: str, name: str = "", cache: str = "") -> tuple[Timer, str, str]:
+    """(a timer for calls on `device`, its name, the state of the cache).
+
+    Args:
+        name: "host", "events" or "graph"; by default the host's clock on a CPU, events on a GPU.
+        cache: "cold" or "hot"; by default cold on a GPU, and on a CPU "host": what the calls before left in it.
+
+    Raises:
+        ValueError: there is no such timer for this device.
+    """
+    cuda = device == "cuda"
+    name, cache = name or ("events" if cuda else "host"), cache or ("cold" if cuda else "host")
+    if name not in ("host", "events", "graph") or cache not in ("cold", "hot", "host"):
+        raise ValueError(f"no timer {name!r} with a cache that is {cache!r}")
+    if name == "host":
+        return _host_timer(cuda, cache), name, cache
+    if not cuda:
+        raise ValueError(f"the timer {name!r} needs a GPU; on a CPU there is the host's clock alone")
+    flush, watch = gpu_flusher() if cache == "cold" else None, GpuWatch.current()
+    if name == "graph":
+        return GraphTimer(flush, watch=watch), name, cache
+    return CudaTimer(flush or (lambda: None), watch=watch), name, cache
+
+
+def _host_timer(cuda: bool, cache: str) -> Timer:
+    if not cuda:
+        return CpuTimer(flush=cpu_flusher() if cache == "cold" else None, watch=CpuWatch())
+    import torch
+
+    return CpuTimer(
+        torch.cuda.synchronize, flush=gpu_flusher() if cache == "cold" else None, watch=CpuWatch()
+    )

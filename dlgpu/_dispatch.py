@@ -99,6 +99,11 @@ def _has_cupy() -> bool:
     return importlib.util.find_spec("cupy") is not None
 
 
+def _size(tensor: torch.Tensor) -> int:
+    """The number of elements; 0 in a trace, where a choice by a size that is a symbol would hold the graph to some sizes."""
+    return 0 if torch.compiler.is_compiling() else tensor.numel()
+
+
 def _choose(tensor: torch.Tensor, op: str) -> tuple[str, str]:
     """(backend, why)."""
     device, dtype = tensor.device, tensor.dtype
@@ -120,7 +125,7 @@ def _choose(tensor: torch.Tensor, op: str) -> tuple[str, str]:
             )
         return "triton", "chosen explicitly" + (" (Triton's interpreter)" if _triton.INTERPRETED else "")
     if not cuda:
-        backend = configs.cpu_backend(op, dtype, tensor.numel())
+        backend = configs.cpu_backend(op, dtype, _size(tensor))
         ahead = "; at this size and dtype torch's own functions are ahead of NumPy there"
         return backend, f"the tensor is on {device.type}" + (ahead if backend == "torch" else "")
     if dtype not in KERNEL_DTYPES:
@@ -138,8 +143,11 @@ def _choose(tensor: torch.Tensor, op: str) -> tuple[str, str]:
 
 def choose_backend(tensor: torch.Tensor, op: str) -> str:
     """The backend for a call of `op` whose first operand is `tensor`, under this thread's setting."""
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{op.removesuffix('_extra')}: got a tensor of layout {kind}, expected a strided one")
     if _settings.backend is None and _default_backend == "auto" and tensor.is_cpu:
-        return configs.cpu_backend(op, tensor.dtype, tensor.numel())
+        return configs.cpu_backend(op, tensor.dtype, _size(tensor))
     return _choose(tensor, op)[0]
 
 
@@ -204,7 +212,7 @@ def transformed() -> bool:
 
 def differentiates() -> bool:
     """For a backward: whether its results must be differentiable in their turn, or batched, so from torch's operations."""
-    return torch.is_grad_enabled() or transformed()
+    return torch.is_grad_enabled() or (not torch.compiler.is_dynamo_compiling() and transformed())
 
 
 def _unless_transformed(autograd: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
@@ -235,10 +243,11 @@ _LISTS = frozenset((tuple, list))
 
 
 def _plain(args: tuple[Any, ...]) -> bool:
-    """Whether no functorch transform or tensor subclass wants to see a call with these arguments."""
+    """Whether no functorch transform, trace or tensor subclass wants to see a call with these arguments."""
     kinds = set(map(type, args))
     return (
         kinds <= _PLAIN
+        and not torch._C._is_tracing()
         and not torch._C._are_functorch_transforms_active()
         and (
             kinds.isdisjoint(_LISTS)
@@ -250,7 +259,8 @@ def _plain(args: tuple[Any, ...]) -> bool:
 def direct(args: tuple[Any, ...]) -> bool:
     """Whether an op with these arguments, a tensor first, may run at once below autograd: no tracing, no mode, no profiler."""
     return (
-        _plain(args)
+        not torch.compiler.is_dynamo_compiling()
+        and _plain(args)
         and (args[0].is_cpu or args[0].is_cuda)
         and not torch._C._len_torch_dispatch_stack()
         and not torch.autograd.profiler._is_profiler_enabled
@@ -293,6 +303,9 @@ class Op:
 
     def below(self, *args: Any) -> Any:
         """The op below autograd: for the functions at its Autograd key, and for backward."""
+        if torch.compiler.is_dynamo_compiling():
+            # Compiled autograd traces a backward, which Dynamo sees otherwise nothing of.
+            return self.overload(*args)
         # The guard also keeps results from counting as views, which may not be modified in place.
         with torch._C._AutoDispatchBelowAutograd():
             if (

@@ -1,29 +1,56 @@
-"""The library's functions: torch.nn.functional's names, arguments and results, on dlgpu's kernels."""
+"""The library's functions: torch.nn.functional's names, arguments and results, on dlgpu's kernels.
+
+They also take arrays in place of tensors: NumPy's, CuPy's, or any that speaks DLPack, all of one kind, and then give that
+kind back. Nothing is copied on the way (but NumPy arrays that are read-only or have negative strides), and there is no
+autograd.
+
+>>> import numpy as np
+>>> relu(np.array([-1.0, 2.0]))
+array([0., 2.])
+"""
 
 from __future__ import annotations
 
 import torch
 
+from dlgpu._arrays import takes_arrays
 from dlgpu.ops.activations import activation as _activation
-from dlgpu.ops.batch_norm import batch_norm
-from dlgpu.ops.cross_entropy import cross_entropy
-from dlgpu.ops.dropout import dropout
-from dlgpu.ops.gated import gated_linear
-from dlgpu.ops.layer_norm import layer_norm, rms_norm
-from dlgpu.ops.linear import linear
-from dlgpu.ops.linear_cross_entropy import linear_cross_entropy
+from dlgpu.ops.batch_norm import batch_norm as _batch_norm
+from dlgpu.ops.cross_entropy import cross_entropy as _cross_entropy
+from dlgpu.ops.dropout import dropout as _dropout
+from dlgpu.ops.gated import gated_linear as _gated_linear
+from dlgpu.ops.layer_norm import layer_norm as _layer_norm
+from dlgpu.ops.layer_norm import rms_norm as _rms_norm
+from dlgpu.ops.linear import linear as _linear
+from dlgpu.ops.linear_cross_entropy import linear_cross_entropy as _linear_cross_entropy
 from dlgpu.ops.losses import (
-    binary_cross_entropy_with_logits,
-    hinge_loss,
-    huber_loss,
-    kl_div,
-    l1_loss,
-    mse_loss,
-    multi_margin_loss,
-    smooth_l1_loss,
+    binary_cross_entropy_with_logits as _binary_cross_entropy_with_logits,
 )
-from dlgpu.ops.mlp import mlp
-from dlgpu.ops.softmax import log_softmax, logsumexp, softmax
+from dlgpu.ops.losses import (
+    hinge_loss as _hinge_loss,
+)
+from dlgpu.ops.losses import (
+    huber_loss as _huber_loss,
+)
+from dlgpu.ops.losses import (
+    kl_div as _kl_div,
+)
+from dlgpu.ops.losses import (
+    l1_loss as _l1_loss,
+)
+from dlgpu.ops.losses import (
+    mse_loss as _mse_loss,
+)
+from dlgpu.ops.losses import (
+    multi_margin_loss as _multi_margin_loss,
+)
+from dlgpu.ops.losses import (
+    smooth_l1_loss as _smooth_l1_loss,
+)
+from dlgpu.ops.mlp import mlp as _mlp
+from dlgpu.ops.softmax import log_softmax as _log_softmax
+from dlgpu.ops.softmax import logsumexp as _logsumexp
+from dlgpu.ops.softmax import softmax as _softmax
 
 __all__ = [
     "batch_norm",
@@ -55,27 +82,53 @@ __all__ = [
     "tanh",
 ]
 
+batch_norm = takes_arrays(_batch_norm)
+binary_cross_entropy_with_logits = takes_arrays(_binary_cross_entropy_with_logits)
+cross_entropy = takes_arrays(_cross_entropy)
+dropout = takes_arrays(_dropout)
+gated_linear = takes_arrays(_gated_linear)
+hinge_loss = takes_arrays(_hinge_loss)
+huber_loss = takes_arrays(_huber_loss)
+kl_div = takes_arrays(_kl_div)
+l1_loss = takes_arrays(_l1_loss)
+layer_norm = takes_arrays(_layer_norm)
+linear = takes_arrays(_linear)
+linear_cross_entropy = takes_arrays(_linear_cross_entropy)
+log_softmax = takes_arrays(_log_softmax)
+logsumexp = takes_arrays(_logsumexp)
+mlp = takes_arrays(_mlp)
+mse_loss = takes_arrays(_mse_loss)
+multi_margin_loss = takes_arrays(_multi_margin_loss)
+rms_norm = takes_arrays(_rms_norm)
+smooth_l1_loss = takes_arrays(_smooth_l1_loss)
+softmax = takes_arrays(_softmax)
 
+
+@takes_arrays
 def relu(input: torch.Tensor) -> torch.Tensor:
     """y = max(x, 0), NaN where x is NaN. Any shape; saves y. See `dlgpu.ops.activations.activation`."""
     return _activation(input, "relu")
 
 
+@takes_arrays
 def leaky_relu(input: torch.Tensor, negative_slope: float = 0.01) -> torch.Tensor:
     """y = x where x > 0, else negative_slope x. Any shape; saves y (x where the slope is negative)."""
     return _activation(input, "leaky_relu", negative_slope)
 
 
+@takes_arrays
 def sigmoid(input: torch.Tensor) -> torch.Tensor:
     """y = 1 / (1 + exp(-x)). Any shape; saves y."""
     return _activation(input, "sigmoid")
 
 
+@takes_arrays
 def tanh(input: torch.Tensor) -> torch.Tensor:
     """y = tanh(x). Any shape; saves y."""
     return _activation(input, "tanh")
 
 
+@takes_arrays
 def gelu(input: torch.Tensor, approximate: str = "none") -> torch.Tensor:
     """y = x Phi(x), Phi the normal distribution function; with approximate="tanh",
     y = x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2. Any shape; saves x by reference.
@@ -90,11 +143,13 @@ def gelu(input: torch.Tensor, approximate: str = "none") -> torch.Tensor:
     return _activation(input, "gelu_tanh" if approximate == "tanh" else "gelu")
 
 
+@takes_arrays
 def gelu_tanh(input: torch.Tensor) -> torch.Tensor:
     """gelu(x, approximate="tanh")."""
     return _activation(input, "gelu_tanh")
 
 
+@takes_arrays
 def silu(input: torch.Tensor) -> torch.Tensor:
     """y = x / (1 + exp(-x)). Any shape; saves x by reference. Source: Elfwing et al., arXiv:1702.03118."""
     return _activation(input, "silu")

@@ -551,8 +551,10 @@ def _product(
     save_z: bool = False,
     sums: bool = False,
     split: bool = False,
+    y: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | None:
-    """(y, z, sums): y = act(a b + bias), or a b * act'(saved); z = a b + bias with save_z; y's column sums with sums.
+    """(y, z, sums): y = act(a b + bias), or a b * act'(saved); z = a b + bias with save_z; y's column sums with sums. Writes
+    into `y`, contiguous, if it is given.
 
     None where configs.py leaves the product to cuBLAS.
     """
@@ -565,7 +567,7 @@ def _product(
     tiles_m = triton.cdiv(M, tile.block_m)
     tiles = tiles_m * triton.cdiv(N, tile.block_n)
     parts = configs.linear_parts(tile, tiles, K, plan.multiprocessors) if split else 1
-    y = torch.empty((M, N), dtype=a.dtype, device=a.device)
+    y = torch.empty((M, N), dtype=a.dtype, device=a.device) if y is None else y
     z = torch.empty_like(y) if save_z else None
     partial = torch.empty((tiles_m, N), dtype=torch.float32, device=a.device) if sums else None
     out = y if parts == 1 else torch.empty((parts, M, N), dtype=torch.float32, device=a.device)
@@ -724,11 +726,12 @@ def linear_dgrad(
 def linear_wgrad(
     dz: torch.Tensor,  # [M, N]
     x: torch.Tensor,  # [M, K]
+    dw: torch.Tensor | None = None,  # [N, K], contiguous: written to if given
 ) -> torch.Tensor:
     """dW = dZ^T X [N, K]. Where there are few tiles of dW, parts of the batch are summed apart, in float32, and then added
     in a fixed order."""
-    found = _product(dz.t(), x, split=True)
-    return dz.t() @ x if found is None else found[0]
+    found = _product(dz.t(), x, split=True, y=dw)
+    return torch.mm(dz.t(), x, out=dw) if found is None else found[0]
 
 
 def linear_dz(

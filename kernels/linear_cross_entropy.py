@@ -7,8 +7,8 @@ in their order, so that two runs give the same bits. Backward goes through the v
 turned into their gradient before they leave the chip, then dX += dZ_c W_c in float32 and dW_c = dZ_c^T X, written once.
 
 That is one product more than with all logits at hand. As many of their columns as a budget allows are therefore kept from
-forward, and read where they would be multiplied again: all of them, and the time is that of three products; none, and no
-[N, V] tensor ever exists.
+forward, and read where they would be multiplied again: all of them, and their gradient is made whole too, so that what is left
+are a linear layer's three products, by the kernels of kernels/linear.py; none, and no [N, V] tensor ever exists.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from . import configs
 from ._triton import _cast, _dot, device_limits, launch, matmul_precision, tl, triton
 from .activations import _tanh_fwd
+from .linear import linear_dgrad, linear_fwd, linear_wgrad
 
 __all__ = ["linear_cross_entropy_bwd", "linear_cross_entropy_fwd"]
 
@@ -504,7 +505,6 @@ def _linear_cross_entropy_dz_kernel(
 def _linear_cross_entropy_product_kernel(
     a_ptr,  # [M, K]
     b_ptr,  # [K, N]
-    bias_ptr,  # [N] or None
     add_ptr,  # [M, N] float32 or None; may be out_ptr
     out_ptr,  # [M, N]
     M,
@@ -556,8 +556,6 @@ def _linear_cross_entropy_product_kernel(
         BLOCK_K,
     )
     mask = mask_m[:, None] & mask_n[None, :]
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + start_n + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     if add_ptr is not None:
         add = add_ptr + start_m * stride_add + start_n + (offs_m[:, None] * stride_add + offs_n[None, :])
         acc += tl.load(add, mask=mask, other=0.0)
@@ -577,11 +575,9 @@ def _multiply(
     a: torch.Tensor,  # [M, K]
     b: torch.Tensor,  # [K, N]
     out: torch.Tensor,  # [M, N], columns side by side
-    *,
-    bias: torch.Tensor | None = None,  # [N]
-    add: torch.Tensor | None = None,  # [M, N] float32, columns side by side
+    add: torch.Tensor | None,  # [M, N] float32, columns side by side
 ) -> None:
-    """out = a b + bias + add, summed in float32 and rounded once."""
+    """out = a b + add, summed in float32 and rounded once."""
     (M, K), N = a.shape, b.shape[1]
     tile = _tile(a, b)
     contiguous_m, contiguous_ak, contiguous_bk = (
@@ -592,7 +588,6 @@ def _multiply(
         (triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),),
         a,
         b,
-        bias,
         add,
         out,
         M,
@@ -641,8 +636,7 @@ def linear_cross_entropy_fwd(
     tile = _tile(x, w, smooth=smooth)
     kept = None
     if kept_columns:
-        kept = torch.empty((N, kept_columns), dtype=x.dtype, device=device)
-        _multiply(x, w[:kept_columns].t(), kept, bias=None if b is None else b[:kept_columns])
+        kept = linear_fwd(x, w[:kept_columns], None if b is None else b[:kept_columns], None, 0.0, False)[0]
     # (kept logits or None, columns from, to, tiles a split, splits)
     ranges = []
     for logits, start, stop in ((kept, 0, kept_columns), (None, kept_columns, V)):
@@ -754,7 +748,7 @@ def linear_cross_entropy_bwd(
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """(dx, dw, db), None for what is not needed. A small launch for the rows' factors; for each chunk of the vocabulary one
-    that makes its dZ, and a product for each of dX and dW."""
+    that makes its dZ, and a product for each of dX and dW. Where all logits were kept there is one chunk."""
     (N, H), V = x.shape, w.shape[0]
     needs_x, needs_w, needs_b = needs
     target = target.contiguous()
@@ -785,17 +779,19 @@ def linear_cross_entropy_bwd(
         num_warps=4,
     )
     tile = _tile(x, w)
-    chunk = configs.linear_cross_entropy_chunk(N, V, dtype)
     kept_columns = 0 if kept is None else kept.shape[1]
+    chunk = V if kept_columns == V else configs.linear_cross_entropy_chunk(N, V, dtype)
     edges = [*range(0, kept_columns, chunk), *range(kept_columns, V, chunk), V]
     strips = triton.cdiv(N, tile.block_m)
-    width = min(chunk, V)
+    whole = len(edges) == 2
+    # Rows that start at multiples of 16 elements, for descriptors.
+    width = triton.cdiv(min(chunk, V), 16) * 16
     dz = torch.empty((N, width), dtype=dtype, device=device) if needs_x or needs_w else None
     partial = torch.empty((strips, width), dtype=torch.float32, device=device) if needs_b else None
-    dx = torch.empty((N, H), dtype=dtype, device=device) if needs_x else None
     # Sums over several chunks are float32, rounded with the last.
-    total = torch.empty((N, H), dtype=torch.float32, device=device) if needs_x and len(edges) > 2 else dx
-    dw = torch.empty((V, H), dtype=dtype, device=device) if needs_w else None
+    total = torch.empty((N, H), dtype=torch.float32, device=device) if needs_x and not whole else None
+    dx = torch.empty((N, H), dtype=dtype, device=device) if needs_x and not whole else None
+    dw = torch.empty((V, H), dtype=dtype, device=device) if needs_w and not whole else None
     db = torch.empty(V, dtype=dtype, device=device) if needs_b else None
     for start, stop in itertools.pairwise(edges):
         columns = stop - start
@@ -829,14 +825,12 @@ def linear_cross_entropy_bwd(
             **tile.blocks,
         )
         if dz is not None and dx is not None and total is not None:
-            _multiply(
-                dz[:, :columns],
-                w[start:stop],
-                dx if stop == V else total,
-                add=total if start else None,
-            )
+            _multiply(dz[:, :columns], w[start:stop], dx if stop == V else total, total if start else None)
         if dz is not None and dw is not None:
-            _multiply(dz[:, :columns].t(), x, dw[start:stop])
+            linear_wgrad(dz[:, :columns], x, dw[start:stop])
         if partial is not None and db is not None:
             db[start:stop] = partial[:, :columns].sum(0)
+    if whole and dz is not None:
+        dx = linear_dgrad(dz[:, :V], w)[0] if needs_x else None
+        dw = linear_wgrad(dz[:, :V], x) if needs_w else None
     return dx, dw, db

@@ -608,7 +608,8 @@ def linear_cross_entropy_cases(
     kept: bool = False,
     precision: str = "ieee",
 ) -> list[Case]:
-    """The tiles forward and backward, from the product or from what was kept, and the products of dX and dW."""
+    """The tiles forward and backward, from the product or from what was kept, and the products of dX. The other
+    products are a linear layer's."""
     N = 8192
     limit = machine_code.shared_memory_limit(capability)
     tile = configs.linear_cross_entropy_tile(capability, limit, dtype, H % 16 == 0)
@@ -687,12 +688,10 @@ def linear_cross_entropy_cases(
     for what, M, K, a, b, add, out in (
         ("dx", N, chunk, (chunk, 1), (H, 1), FP32, FP32),
         ("dx last", N, chunk, (chunk, 1), (H, 1), FP32, dtype),
-        ("dw", chunk, N, (1, chunk), (H, 1), None, dtype),
     ):
         args = {
             "a_ptr": dtype,
             "b_ptr": dtype,
-            "bias_ptr": None,
             "add_ptr": add,
             "out_ptr": out,
             "M": M,
@@ -705,13 +704,12 @@ def linear_cross_entropy_cases(
             "stride_add": H if add else 0,
             "stride_out": H,
             "PRECISION": precision,
-            "ALIGNED_M": what == "dw",
+            "ALIGNED_M": False,
             "ALIGNED_N": H % 16 == 0,
-            "ALIGNED_K": what != "dw",
+            "ALIGNED_K": True,
             **blocks,
         }
-        # From 9.0 on tensor cores take a transposed operand in 16 bits only: tf32 is transposed by 32-bit loads.
-        wide = H % 16 == 0 and not (what == "dw" and precision == "tf32" and capability in (90, 100))
+        wide = H % 16 == 0
         kernel = linear_cross_entropy._linear_cross_entropy_product_kernel
         found.append(
             Case(f"linear_cross_entropy {what} {name}", kernel, args, options, matrix, wide, H % 16 == 0)

@@ -1,12 +1,14 @@
 """The description of an op, from which timing, byte counting, verification and the reports all work.
 
-A new op is one `Op` in one file of this folder: a function of its inputs for each library that offers it. Passes, torch.compile,
-unfused bytes (on meta tensors), the metered bytes of the kernels (in the interpreter) and float64 truth follow from that.
+A new op is one `Op` in one file of this folder: a function of its inputs for each library that offers it. Passes,
+torch.compile, unfused bytes (on meta tensors), the metered bytes of the kernels (in the interpreter) and float64 truth follow from that.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +23,10 @@ Shape = Mapping[str, int]
 # An op's tensors by name, and what else its function takes.
 Inputs = dict[str, Any]
 Outputs = Sequence[torch.Tensor]
+
+
+class NotOffered(Exception):
+    """A library does not do this; the message says what it does."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +75,19 @@ class Op:
     inputs: (shape, how to make tensors, options) -> the arguments of the functions below, by name. Tensors that require a
         gradient are the ones that backward is timed for.
     functions: library -> function of those arguments giving one tensor (or, for an optimizer, the stepped tensors):
-        "dlgpu" and "eager" (torch's own unfused operations) always; others where they offer the op.
+        "dlgpu" and "eager" (torch's own unfused operations) always; others where they offer the op. A library of
+        `providers.BOUNDS` computes less than the op, such as its products alone.
     options: name -> the choices there are, the default first, such as {"activation": ("gelu", "relu", ...)}.
     dtypes: the default first.
     passes: FORWARD, BACKWARD, BOTH; or STEP alone.
     flops: (shape, passes) -> floating-point operations of the products, None where there are none.
     upstream: (inputs, output, make) -> the upstream gradient; None draws a normal one (1 for a scalar).
     jumps: results jump where rounding flips a sign, so they are held to float64's as a whole and not element by element.
+    refuses: library -> (options, passes) -> why the library does not offer that, or None.
+    calls: how many calls come before the results are compared: more than one for what has a state.
+    verify: (what was bound, its results, passes, options) -> what is wrong with them, or None, for results that no other
+        library's can be compared with.
+    overwrites: library -> the inputs that it is known to change, and torch is not.
     """
 
     name: str
@@ -90,6 +102,12 @@ class Op:
     flops: Callable[[Shape, str], int] | None = None
     upstream: Callable[[Inputs, torch.Tensor, Make], torch.Tensor] | None = None
     jumps: bool = False
+    refuses: Mapping[str, Callable[[Mapping[str, Any], str], str | None]] = dataclasses.field(
+        default_factory=dict
+    )
+    calls: int = 1
+    verify: Callable[[Bound, Outputs, str, Mapping[str, Any]], str | None] | None = None
+    overwrites: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def defaults(self) -> dict[str, Any]:
         """The default of each option."""
@@ -103,6 +121,7 @@ class Bound:
     built before, and kept; what is called is its backward.
 
     inputs: the function's arguments by name.
+    upstream: the gradient that backward begins with, where there is one.
     """
 
     def __init__(
@@ -118,21 +137,41 @@ class Bound:
         self.options = {**op.defaults(), **(options or {})}
         self.make = make
         self.inputs = op.inputs(shape, make, self.options)
-        self._leaves = [x for x in self.tensors() if x.requires_grad]
-        self._dy: torch.Tensor | None = None
+        self._leaves = leaves(self.inputs)
+        self.upstream: torch.Tensor | None = None
         self._y: torch.Tensor | None = None
         if passes == FORWARD:
             for leaf in self._leaves:
                 leaf.requires_grad_(False)
         elif passes != STEP:
             y = function(**self.inputs)
-            self._dy = self._upstream(self.inputs, y, make)
+            self.upstream = self._upstream(self.inputs, y, make)
             if passes == BACKWARD:
                 self._y = y
+
+    @property
+    def call(self) -> Callable[[], Outputs]:
+        """This itself, by the name of what it is for."""
+        return self
 
     def tensors(self) -> list[torch.Tensor]:
         """Those among the inputs, in lists too."""
         return [x for x in tree_leaves(self.inputs) if isinstance(x, torch.Tensor)]
+
+    def overwritten(self) -> list[bool]:
+        """Of each of the tensors, whether this library is known to change it."""
+        names = {
+            name
+            for library, overwritten in self.op.overwrites.items()
+            if self.op.functions[library] is self.function
+            for name in overwritten
+        }
+        return [
+            name in names
+            for name, value in self.inputs.items()
+            for x in tree_leaves(value)
+            if isinstance(x, torch.Tensor)
+        ]
 
     def _upstream(self, inputs: Inputs, y: torch.Tensor, make: Make) -> torch.Tensor:
         if self.op.upstream is not None:
@@ -146,9 +185,9 @@ class Bound:
         if self.passes == FORWARD:
             return (self.function(**self.inputs),)
         if self._y is not None:
-            return torch.autograd.grad(self._y, self._leaves, self._dy, retain_graph=True)
+            return torch.autograd.grad(self._y, self._leaves, self.upstream, retain_graph=True)
         y = self.function(**self.inputs)
-        return (y, *torch.autograd.grad(y, self._leaves, self._dy))
+        return (y, *torch.autograd.grad(y, self._leaves, self.upstream))
 
     def refresh(self, seed: int) -> None:
         """Writes the inputs of another seed into the very same memory, so that what is returned next must be new.
@@ -164,13 +203,18 @@ class Bound:
             for x, new in zip(tree_leaves(self.inputs), tree_leaves(fresh), strict=True):
                 if isinstance(x, torch.Tensor):
                     x.copy_(new)
-        if self._dy is None:
+        if self.upstream is None:
             return
         y = self.function(**self.inputs)
         with torch.no_grad():
-            self._dy.copy_(self._upstream(fresh, y, make))
+            self.upstream.copy_(self._upstream(fresh, y, make))
         if self.passes == BACKWARD:
             self._y = y
+
+
+def leaves(inputs: Inputs) -> list[torch.Tensor]:
+    """The tensors that require a gradient, those in lists too."""
+    return [x for x in tree_leaves(inputs) if isinstance(x, torch.Tensor) and x.requires_grad]
 
 
 def bind(
@@ -183,3 +227,45 @@ def bind(
 ) -> Bound:
     """`Bound`, by the name of what it is for."""
     return Bound(op, function, shape, passes, make, options)
+
+
+# As it was called when `bind` gave the call alone.
+bind_all = bind
+
+
+@functools.cache
+def _resolve(path: str) -> Any:
+    module, _, attribute = path.partition(":")
+    found = importlib.import_module(module)
+    for name in attribute.split("."):
+        found = getattr(found, name)
+    return found
+
+
+def late(path: str) -> Callable[..., Any]:
+    """The function at "module:attribute", imported when it is first called."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return _resolve(path)(*args, **kwargs)
+
+    return call
+
+
+def only(
+    option: str, *choices: Any, passes: Sequence[str] = ()
+) -> Callable[[Mapping[str, Any], str], str | None]:
+    """For `Op.refuses`: offers these choices of an option, and these passes if any are named."""
+
+    def refuses(options: Mapping[str, Any], wanted: str) -> str | None:
+        if passes and wanted not in passes:
+            return f"offers {', '.join(passes)} only"
+        if option and options[option] not in choices:
+            return f"offers {option} {', '.join(map(str, choices))} only"
+        return None
+
+    return refuses
+
+
+def products(passes: str, *sizes: tuple[int, int, int]) -> int:
+    """Floating-point operations of the M x N x K products of layers: backward takes two for each."""
+    return sum(2 * M * N * K for M, N, K in sizes) * {FORWARD: 1, BACKWARD: 2}.get(passes, 3)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import dlgpu
 from dlgpu.kernels.activations import ACTIVATIONS, lookup
 
-from ._base import FORWARD, Inputs, Make, Op, Shape
+from ._base import FORWARD, Inputs, Make, NotOffered, Op, Shape, late, only, products
 
 __all__ = ["OPS"]
 
@@ -24,7 +24,8 @@ def _inputs(shape: Shape, make: Make, options: Mapping[str, Any]) -> Inputs:
         "x": make.normal(M, K),
         "weight": make.normal(N, K, scale=K**-0.5),
         "bias": make.normal(N),
-        "activation": options["activation"],
+        # None for no activation, as in dlgpu.functional.linear.
+        "activation": None if options["activation"] == "none" else options["activation"],
     }
 
 
@@ -38,17 +39,40 @@ def _upstream(inputs: Inputs, y: torch.Tensor, make: Make) -> torch.Tensor:
     return dy
 
 
-def _dlgpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, activation: str) -> torch.Tensor:
+def _dlgpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, activation: str | None) -> torch.Tensor:
     return dlgpu.functional.linear(x, weight, bias, activation=activation)
 
 
-def _eager(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, activation: str) -> torch.Tensor:
+def _eager(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, activation: str | None) -> torch.Tensor:
     return lookup(activation).eager(F.linear(x, weight, bias), 0.01)
 
 
+def _fused(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, activation: str) -> torch.Tensor:
+    # cuBLASLt's epilogue takes tanh, the CPU's erf.
+    gelu = "gelu_tanh" if x.is_cuda else "gelu"
+    if activation not in ("relu", gelu):
+        raise NotOffered(f"offers activation relu, {gelu} only on this device")
+    return torch._addmm_activation(bias, x, weight.t(), use_gelu=activation == gelu)
+
+
+def _product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, activation: str | None
+) -> torch.Tensor:
+    return F.linear(x, weight, bias)
+
+
+_attorch_linear = late("attorch.linear_layer:LinearAutoGrad.apply")
+
+
+def _attorch(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, activation: str | None
+) -> torch.Tensor:
+    y: torch.Tensor = _attorch_linear(x, weight.t(), bias, activation)
+    return y
+
+
 def _flops(shape: Shape, passes: str) -> int:
-    # Two products backward.
-    return 2 * shape["M"] * shape["N"] * shape["K"] * {FORWARD: 1, "bwd": 2}.get(passes, 3)
+    return products(passes, (shape["M"], shape["N"], shape["K"]))
 
 
 OPS = [
@@ -67,9 +91,19 @@ OPS = [
             "h200-k256": {"M": 65536, "N": 1024, "K": 256},
         },
         inputs=_inputs,
-        functions={"dlgpu": _dlgpu, "eager": _eager},
-        options={"activation": ("gelu", *(name for name in ACTIVATIONS if name != "gelu"))},
+        functions={
+            "dlgpu": _dlgpu,
+            "eager": _eager,
+            "torch-fused": _fused,
+            "cublaslt": _product,
+            "attorch": _attorch,
+        },
+        options={"activation": ("gelu", *(name for name in ACTIVATIONS if name != "gelu"), "none")},
         flops=_flops,
         upstream=_upstream,
+        refuses={
+            "torch-fused": only("activation", "relu", "gelu", "gelu_tanh", passes=(FORWARD,)),
+            "attorch": only("activation", "sigmoid", "tanh", "relu", "gelu", "silu", "none"),
+        },
     )
 ]

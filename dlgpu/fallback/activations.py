@@ -33,7 +33,7 @@ def activation_bwd(dy: Any, saved: Any, activation: str | None, negative_slope: 
     if saved is None:
         return dy.copy(order="C")
     gradient = lookup(activation).np_gradient
-    dx = np.empty_like(saved, order="C", subok=False)
+    dx = np.empty_like(saved, order="C")
     # Views where the layout allows, else contiguous copies.
     dy_flat, saved_flat, dx_flat = dy.reshape(-1), saved.reshape(-1), dx.reshape(-1)
     if dx.size <= BLOCK:

@@ -145,7 +145,7 @@ def batch_norm_bwd(
             if saves_y:
                 row.np_forward(z.reshape(-1), negative_slope)
             dz = np.empty_like(z) if dx is None else dx[i:j]
-            upstream = np.ascontiguousarray(dy[i:j]).reshape(-1)
+            upstream = dy[i:j].reshape(-1)
             row.np_gradient(upstream, z.reshape(-1), negative_slope, dz.reshape(-1))
         if needs_w or both:
             np.multiply(d, dz, out=d)

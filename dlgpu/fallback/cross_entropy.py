@@ -316,7 +316,8 @@ def _row_statistics(
     def block(i: int, j: int) -> None:
         part = x[i:j].T.copy(order="C") if axis == 0 else x[i:j]
         top, total = stats[0, i:j], stats[1, i:j]
-        np.maximum.reduce(part, axis=axis, out=top)
+        # The method: CuPy has no maximum.reduce.
+        part.max(axis=axis, out=top)
         out = part if axis == 0 else None if exponentials is None else exponentials[i:j]
         d = np.subtract(part, np.expand_dims(top, axis), out=out)
         if smooth is not None:

@@ -93,7 +93,7 @@ def linear_cross_entropy_fwd(
         def block(i: int, j: int) -> None:
             out = np.empty_like(x, order="C", shape=(j - i, columns)) if was_kept else raw[i:j]
             z, _ = _transform(raw[i:j], bias, softcap, logit_scale, out)
-            here = np.maximum.reduce(z, axis=1)
+            here = z.max(axis=1)
             highest = np.maximum(top[i:j], here)
             inside = (target[i:j] >= start) & (target[i:j] < stop)
             column = np.where(inside, target[i:j] - start, 0)

@@ -31,7 +31,7 @@ def softmax_fwd(x: Any, log: bool) -> Any:
     def block(i: int, j: int) -> None:
         part = x[i:j].T if few else x[i:j]
         out = np.empty_like(part, order="C", shape=part.shape) if few else y[i:j]
-        np.subtract(part, np.maximum.reduce(part, axis=axis, keepdims=True), out=out)
+        np.subtract(part, part.max(axis=axis, keepdims=True), out=out)
         if log:
             np.subtract(out, np.log(np.add.reduce(np.exp(out), axis=axis, keepdims=True)), out=out)
         else:
@@ -87,7 +87,7 @@ def logsumexp_fwd(x: Any) -> tuple[Any, Any]:
     def block(i: int, j: int) -> None:
         part = x[i:j].T.copy(order="C") if few else x[i:j]
         top, total = stats[:, i:j]
-        np.maximum.reduce(part, axis=axis, out=top)
+        part.max(axis=axis, out=top)
         # Then an infinite logit's exponential is infinite, and not exp(inf - inf) = NaN.
         top[np.isinf(top)] = 0
         d = np.subtract(part, np.expand_dims(top, axis), out=part if few else None)

@@ -357,6 +357,20 @@ _linear_backward = _dispatch.define(
 )
 
 
+def product_steps(
+    x: torch.Tensor, w: torch.Tensor, activation: str | None = None, saves_z: bool = False
+) -> dict[str, tuple[str, str]]:
+    """What would multiply for "y", "dx" and "dw" of a layer, and its tile."""
+
+    def step(name: str, tile: Any) -> tuple[str, str]:
+        if isinstance(tile, configs.CuBlas):
+            return f"cuBLAS ({name})", str(tile)
+        return f"{'_linear_tma_kernel' if tile.tma else '_linear_kernel'} ({name})", str(tile)
+
+    # On a CPU tensor as on the interpreter's stand-in for a GPU.
+    return {name: step(name, tile) for name, tile in kernels.linear_tiles(x, w, activation, saves_z).items()}
+
+
 @_dispatch.explains("linear")
 def _explain(
     input: torch.Tensor,
@@ -383,23 +397,15 @@ def _explain(
                 ("forward", "BLAS product, then bias and activation in place"),
                 ("backward", f"activation's gradient from {saves}, then two BLAS products"),
             ]
-        # On a CPU tensor as on the interpreter's stand-in for a GPU.
-        tiles = kernels.linear_tiles(_rows(input), weight, activation, saves == "z")
-
-        def product(name: str) -> tuple[str, str]:
-            tile = tiles[name]
-            if isinstance(tile, configs.CuBlas):
-                return f"cuBLAS ({name})", str(tile)
-            return f"{'_linear_tma_kernel' if tile.tma else '_linear_kernel'} ({name})", str(tile)
-
+        product = product_steps(_rows(input), weight, activation, saves == "z")
         # What a training step launches; without activation and bias there is no pass for dZ.
         dz = [("_linear_dz_kernel", f"{configs.linear_dz_tile(input.dtype, N)}; saved: {saves}")]
         return [
-            product("y"),
+            product["y"],
             *(dz if saves or bias is not None else []),
             *([("_sum_kernel", "adds the strips' sums into db")] if bias is not None else []),
-            product("dx"),
-            product("dw"),
+            product["dx"],
+            product["dw"],
         ]
 
     return input, steps

@@ -16,7 +16,7 @@ from dlgpu.kernels import _triton, configs
 from dlgpu.kernels import linear_cross_entropy as kernels
 
 from .cross_entropy import CrossEntropyOutput, cross_entropy
-from .linear import linear
+from .linear import linear, product_steps
 
 __all__ = ["DEFAULT_MEMORY_BUDGET", "linear_cross_entropy"]
 
@@ -109,7 +109,8 @@ def linear_cross_entropy(
             "none" 1 or 0 for each row. float32 (float64 for float64); no gradient.
         memory_budget: how many bytes of logits may be kept for backward, by default 2 GiB (`DEFAULT_MEMORY_BUDGET`). Those
             columns of the logits that do not fit are computed again: with all of them kept a training step takes three
-            products (fast), with none (0: lean) four, and then no [N, C] tensor ever exists. Without gradients nothing is.
+            products (fast), and backward as much memory again for their gradient; with none (0: lean) it takes four, and then
+            no [N, C] tensor ever exists. Without gradients nothing is kept.
 
     Returns:
         The loss, a scalar or target's shape for "none", in the input's dtype; float32 under autocast. As
@@ -850,23 +851,22 @@ def _explain(
         aligned = x.shape[1] % 16 == 0
         limits = _triton.device_limits(x.device)[:2]
         tile = configs.linear_cross_entropy_tile(*limits, x.dtype, aligned)
-        chunk = configs.linear_cross_entropy_chunk(N, V, x.dtype)
+        chunk = V if kept == V else configs.linear_cross_entropy_chunk(N, V, x.dtype)
         # What a training step launches where one chunk holds the vocabulary; else the last three, for each chunk.
-        chunks = f"chunks of {chunk} columns"
+        chunks = "the whole vocabulary" if chunk >= V else f"chunks of {chunk} columns"
+        (z, _), (dx, _), (dw, _) = product_steps(x, linear_weight[: kept or None]).values()
         return [
-            *(
-                [("_linear_cross_entropy_product_kernel (z)", f"{tile}; logits kept: {which}")]
-                if kept
-                else []
-            ),
+            *([(z, f"logits; kept: {which}")] if kept else []),
             *([("_linear_cross_entropy_fwd_kernel", f"{tile}; reads what was kept")] if kept else []),
             *([("_linear_cross_entropy_fwd_kernel", f"{tile}; multiplies")] if kept < V else []),
             ("_linear_cross_entropy_rows_kernel", "puts the splits of the vocabulary together"),
             *([("_linear_cross_entropy_reduce_kernel", "one program")] if reduction != "none" else []),
             ("_linear_cross_entropy_scales_kernel", "factors of each row's gradient"),
             ("_linear_cross_entropy_dz_kernel", f"{tile}; {chunks}"),
-            ("_linear_cross_entropy_product_kernel (dx)", f"{tile}; {chunks}"),
-            ("_linear_cross_entropy_product_kernel (dw)", f"{tile}; {chunks}"),
+            (dx, chunks)
+            if chunk >= V
+            else ("_linear_cross_entropy_product_kernel (dx)", f"{tile}; {chunks}"),
+            (dw, chunks),
         ]
 
     return input, steps

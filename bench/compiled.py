@@ -1,0 +1,133 @@
+"""What torch.compile makes of an op, by Inductor's own count and without running or allocating anything.
+
+The op's torch form is traced forward and backward on fake tensors, which have shapes and no memory, lowered and scheduled by
+Inductor, and each kernel of its schedule asked for the bytes that it reads and writes, the number that Inductor adds up as
+`num_bytes_accessed`: of each buffer the smaller of its size and the accesses to it. Where there is no GPU the tensors are on
+the CPU: what is counted is Inductor's schedule for a CPU, whose fusions are nearly those for a GPU, but not the splits of long
+reductions, and none of the templates of "max-autotune".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from .cases import BOTH, FORWARD, STEP, Make, Op
+
+__all__ = ["NOTE", "Kernel", "NotCounted", "kernels"]
+
+NOTE = "Inductor's own count, of its schedule for a CPU"
+
+
+class NotCounted(Exception):
+    """Inductor gives no count for this; why."""
+
+
+class Kernel(NamedTuple):
+    """A kernel of Inductor's schedule: bytes read and written, and the operations of a product."""
+
+    nbytes: int
+    flops: int
+
+
+def kernels(
+    op: Op,
+    shape: Mapping[str, int],
+    passes: str,
+    dtype: torch.dtype,
+    options: Mapping[str, Any] | None = None,
+) -> list[Kernel]:
+    """The kernels that torch.compile of the op's torch form would run, in order.
+
+    Raises:
+        NotCounted: an optimizer's step, or what Inductor cannot trace or lower here.
+    """
+    if passes == STEP:
+        raise NotCounted("torch.compile of an optimizer's step cannot be traced without running it")
+    try:
+        with contextlib.redirect_stderr(None), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            forward, backward = _graphs(op, shape, passes, dtype, {**op.defaults(), **(options or {})})
+    except NotCounted:
+        raise
+    except Exception as error:
+        # Inductor's errors are of every kind; what is lost is a number, and the row says so.
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        raise NotCounted(f"{type(error).__name__}: {first_line}"[:200]) from error
+    return {FORWARD: forward, BOTH: forward + backward}.get(passes, backward)
+
+
+def _graphs(
+    op: Op, shape: Mapping[str, int], passes: str, dtype: torch.dtype, options: Mapping[str, Any]
+) -> tuple[list[Kernel], list[Kernel]]:
+    from torch._functorch.aot_autograd import aot_function, make_boxed_func
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    found: list[list[Kernel]] = []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        found.append(_lowered(graph, inputs))
+        return make_boxed_func(graph.forward)
+
+    # The autograd cache and its kin have nothing to keep here.
+    with FakeTensorMode():
+        inputs = op.inputs(shape, Make("meta", dtype), options)
+        tensors = {
+            name: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).requires_grad_(
+                t.requires_grad and passes != FORWARD
+            )
+            for name, t in inputs.items()
+            if isinstance(t, torch.Tensor)
+        }
+        others = {name: value for name, value in inputs.items() if name not in tensors}
+        if any(isinstance(leaf, torch.Tensor) for leaf in torch.utils._pytree.tree_leaves(others)):
+            raise NotCounted("inputs that are lists of tensors")
+        names = list(tensors)
+
+        def function(*args: torch.Tensor) -> Any:
+            return op.functions["eager"](**dict(zip(names, args, strict=True)), **others)
+
+        traced = aot_function(
+            function,
+            fw_compiler=count,
+            bw_compiler=count,
+            inference_compiler=count,
+            partition_fn=min_cut_rematerialization_partition,
+            decompositions=select_decomp_table(),
+        )
+        y = traced(*tensors.values())
+        if passes != FORWARD and len(found) == 1:
+            torch.autograd.grad(y, [t for t in tensors.values() if t.requires_grad], torch.ones_like(y))
+    return found[0], found[1] if len(found) > 1 else []
+
+
+def _lowered(module: Any, inputs: Any) -> list[Kernel]:
+    """The kernels of one graph, forward or backward, as Inductor schedules them."""
+    from torch._inductor import compile_fx
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.virtualized import V
+
+    mode = torch._guards.detect_fake_mode(inputs)
+    with V.set_fake_mode(mode):
+        compile_fx.view_to_reshape(module)
+        compile_fx._recursive_post_grad_passes(module, is_inference=False)
+        lowering = GraphLowering(module, example_inputs=inputs, is_inference=False)
+        with (
+            V.set_graph_handler(lowering),
+            V.set_extern_kernel_nodes([]),
+            V.set_debug_handler(DebugContext()),
+        ):
+            lowering.run(*inputs)
+            lowering._update_scheduler()
+            return [
+                Kernel(nbytes, node.estimate_flops() or 0)
+                for node in lowering.scheduler.nodes
+                if (nbytes := node.get_read_write_buffers_sizes())
+            ]
