@@ -2,7 +2,8 @@
 # make test                   the tests that every change must pass
 # make test-all               those and the slow ones
 # make sweep                  compile every reachable kernel configuration, no GPU needed
-# make check                  ruff, mypy, architecture test
+# make check                  ruff, mypy, architecture test, documentation
+# make docs                   the documentation, in build/docs: warnings are errors
 # make gpu                    the benchmark's GPU part
 # make clean                  builds and caches; keeps the environment and bench-results/
 #
@@ -38,7 +39,7 @@ PYTEST := $(PY) -m pytest
 ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := bench
-.PHONY: bench test test-all sweep check gpu clean
+.PHONY: bench test test-all sweep check docs gpu clean
 
 bench: $(READY)
 	$(PY) -m dlgpu.bench $(BENCH_ARGS)
@@ -63,6 +64,10 @@ check: $(READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy -p dlgpu
 	$(PYTEST) -q tests/test_architecture.py
+	$(PY) -m mkdocs build --strict --quiet
+
+docs: $(READY)
+	$(PY) -m mkdocs build --strict --quiet
 
 clean:
 	rm -rf build dist dlgpu.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage htmlcov

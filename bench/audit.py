@@ -202,7 +202,7 @@ def audit(
         best: the ceilings; measured here unless given.
     """
     case, honest = case_for(device), OPS["linear"].functions["eager"]
-    with _one_thread() if device == "cpu" else contextlib.nullcontext():
+    with ceilings.single_thread() if device == "cpu" else contextlib.nullcontext():
         if best is None:
             found = ceilings.ceilings(device, _CEILINGS / 4 * budget_s, (case.dtype,))
             best = ceilings.best(found)
@@ -210,8 +210,8 @@ def audit(
             timed = not {"wrong", "impossible"}.intersection(cheat.expected)
             share = _TIMED * budget_s if timed else _BRIEF_S
             outcome = _outcome(cheat, case, honest, share, best)
-            if timed and outcome.how == "ambiguous" and not outcome.right:
-                # Too noisy for what it got.
+            if outcome.how in ("ambiguous", "busy") and not outcome.right:
+                # The machine was too noisy for what it got.
                 outcome = _outcome(cheat, case, honest, 1.5 * share, best)
             yield outcome
 
@@ -226,16 +226,6 @@ def _outcome(cheat: Cheat, case: Case, honest: Layer, share: float, best: dict[s
             return Caught(cheat, row["kind"], row["detail"])
         return Caught(cheat, f"the honest one is {row['kind']}", row["detail"])
     return Caught(cheat, "lost", "no row at all")
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @click.command("audit")

@@ -22,9 +22,17 @@ __all__ = ["COMMANDS", "EXIT_STATUS", "Names", "bench", "unknown"]
 # Name -> (module, or module:attribute; what it does). Reading order.
 COMMANDS: dict[str, tuple[str, str]] = {
     "quick": ("suite", "What this machine can tell in 3 minutes; the same as no command."),
-    "gpu": ("suite:gpu", "Only what needs an NVIDIA GPU: its ceilings and the target shapes."),
+    "run": ("run", "Ops, shapes and rivals of your choice, or your own model (--module)."),
+    "model": ("model", "What a GPU could do at most, from counted bytes; no GPU needed."),
+    "gpu": ("gpu_run", "All that needs an NVIDIA GPU: tests, checkers, tuned tiles, timings, counters."),
     "show": ("show", "A results file as a table, Markdown, CSV or one HTML page with plots."),
     "compare": ("compare", "Two results files: what became faster or slower, and whether that is too much."),
+    "report": ("published", "Write README's figures and plots from bench/results/."),
+    "explain": ("explain", "What an op computes, moves and launches, and what its kernels become on a GPU."),
+    "ceilings": ("ceilings", "What this machine reaches: copies, matrix products, calls."),
+    "audit": ("audit", "Plant cheats in the benchmark, and see that it catches each."),
+    "list": ("listing", "The ops, their shapes and options, and who they can be compared with."),
+    "env": ("listing:env", "This machine and its software, as results files record it."),
     "tune": ("tune", "Measure tiles on this NVIDIA GPU and write a table of the fastest."),
 }
 EXIT_STATUS = """\b
@@ -89,9 +97,7 @@ class _Group(click.Group):
             raise unknown("command", args[0], COMMANDS)
         return super().parse_args(ctx, args)
 
-    def main(
-        self, args: Sequence[str] | None = None, *rest: Any, standalone_mode: bool = True, **more: Any
-    ) -> Any:
+    def main(self, args: Sequence[str] | None = None, standalone_mode: bool = True, **more: Any) -> Any:
         given = list(sys.argv[1:] if args is None else args)
         # An option of them all, wherever it stands.
         traceback = "--traceback" in given
@@ -99,7 +105,7 @@ class _Group(click.Group):
         more["obj"] = {"traceback": traceback}
         status = 0
         try:
-            status = super().main(given, *rest, standalone_mode=False, **more) or 0
+            status = super().main(given, standalone_mode=False, **more) or 0
         except (UsageError, click.ClickException) as error:
             if traceback:
                 raise
@@ -112,7 +118,7 @@ class _Group(click.Group):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             status = 1
         except ImportError as error:
-            if traceback or not error.name:
+            if traceback or not error.name or error.name.startswith("dlgpu"):
                 raise
             status = 2
             _say(f"{error.name.partition('.')[0]} is not installed; pip install dlgpu[bench]")

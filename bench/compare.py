@@ -306,7 +306,7 @@ def as_table(
     # From a narrow terminal goes first what can be worked out from the rest.
     shown = list(range(len(_NAMES)))
     for column in (4, 3, 1, 2, 6):
-        room = sum(max(len(_NAMES[i]), *(len(row[i]) for row in rows)) + 2 for i in shown[1:])
+        room = sum(max([len(_NAMES[i]), *(len(row[i]) for row in rows)]) + 3 for i in shown[1:])
         if room + 18 <= console.width:
             break
         shown.remove(column)

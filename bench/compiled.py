@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils import _pytree as pytree
 
 from .cases import BOTH, FORWARD, STEP, Make, Op
 
@@ -66,44 +67,57 @@ def _graphs(
 ) -> tuple[list[Kernel], list[Kernel]]:
     from torch._functorch.aot_autograd import aot_function, make_boxed_func
     from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor import compile_fx
     from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.virtualized import V
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     found: list[list[Kernel]] = []
 
-    def count(graph: Any, inputs: Any) -> Any:
-        found.append(_lowered(graph, inputs))
-        return make_boxed_func(graph.forward)
+    def count(gm: Any, example_inputs: Any) -> Any:
+        found.append(_lowered(gm, example_inputs))
+        return make_boxed_func(gm.forward)
 
-    # The autograd cache and its kin have nothing to keep here.
-    with FakeTensorMode():
+    mode = FakeTensorMode()
+
+    def partition(graph: Any, inputs: Any, **settings: Any) -> Any:
+        with V.set_fake_mode(mode):
+            compile_fx._recursive_joint_graph_passes(graph)
+        return min_cut_rematerialization_partition(graph, inputs, compiler="inductor", **settings)
+
+    def infer(gm: Any, example_inputs: Any) -> Any:
+        with V.set_fake_mode(mode):
+            compile_fx._recursive_joint_graph_passes(gm)
+        return count(gm, example_inputs)
+
+    with mode:
         inputs = op.inputs(shape, Make("meta", dtype), options)
-        tensors = {
-            name: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).requires_grad_(
+        flat, structure = pytree.tree_flatten(inputs)
+        at = [i for i, leaf in enumerate(flat) if isinstance(leaf, torch.Tensor)]
+        tensors = [
+            torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).requires_grad_(
                 t.requires_grad and passes != FORWARD
             )
-            for name, t in inputs.items()
-            if isinstance(t, torch.Tensor)
-        }
-        others = {name: value for name, value in inputs.items() if name not in tensors}
-        if any(isinstance(leaf, torch.Tensor) for leaf in torch.utils._pytree.tree_leaves(others)):
-            raise NotCounted("inputs that are lists of tensors")
-        names = list(tensors)
+            for t in (flat[i] for i in at)
+        ]
 
         def function(*args: torch.Tensor) -> Any:
-            return op.functions["eager"](**dict(zip(names, args, strict=True)), **others)
+            given = [*flat]
+            for i, tensor in zip(at, args, strict=True):
+                given[i] = tensor
+            return op.functions["eager"](**pytree.tree_unflatten(given, structure))
 
         traced = aot_function(
             function,
             fw_compiler=count,
             bw_compiler=count,
-            inference_compiler=count,
-            partition_fn=min_cut_rematerialization_partition,
+            inference_compiler=infer,
+            partition_fn=partition,
             decompositions=select_decomp_table(),
         )
-        y = traced(*tensors.values())
+        y = traced(*tensors)
         if passes != FORWARD and len(found) == 1:
-            torch.autograd.grad(y, [t for t in tensors.values() if t.requires_grad], torch.ones_like(y))
+            torch.autograd.grad(y, [t for t in tensors if t.requires_grad], torch.ones_like(y))
     return found[0], found[1] if len(found) > 1 else []
 
 

@@ -200,7 +200,7 @@ def _inefficiency(logs: np.ndarray) -> float:
 class _Rounds:
     """What was taken so far: for each round a sample of each function, seconds a call."""
 
-    functions: int
+    pairs: tuple[tuple[int, int], ...]
     seconds: list[tuple[float, ...]] = dataclasses.field(default_factory=list)
     disturbed: list[str] = dataclasses.field(default_factory=list)
     clocks: list[float | None] = dataclasses.field(default_factory=list)
@@ -235,11 +235,13 @@ def interleaved(
     seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
     progress: Callable[[int, float], None] | None = None,
+    pairs: Sequence[tuple[int, int]] | None = None,
 ) -> list[PairedResult]:
     """Time the first function against each of the others, all of them in one run: a result for each of the others.
 
     Args:
         functions: called without arguments; what they return is dropped. At least two.
+        pairs: which function (a, b) there is to be a result for, by number, if not (0, 1), (0, 2) and so on.
         timer: how a sample is taken; CpuTimer unless given.
         seed: of the order within rounds.
         clock: for the budget only.
@@ -250,7 +252,7 @@ def interleaved(
     rng = np.random.default_rng(seed)
     start = clock()
     fastest = _warm_up(functions, stop, timer, clock)
-    rounds = _Rounds(len(functions))
+    rounds = _Rounds(tuple(pairs or ((0, other) for other in range(1, len(functions)))))
     next_look = max(stop.min_pairs, stop.first_look)
     while True:
         # Anew each round: on a busy machine a quiet moment may come after the warm-up only.
@@ -276,10 +278,9 @@ def _results(rounds: _Rounds, repeats: Sequence[int], stop: Stop, spent: float) 
     reasons, counting = rounds.reasons(), rounds.counting(stop.min_pairs)
     kept = [seconds for seconds, counts in zip(rounds.seconds, counting, strict=True) if counts]
     clocks = [clock for clock, counts in zip(rounds.clocks, counting, strict=True) if counts]
-    a = tuple(seconds[0] for seconds in kept)
     found = []
-    for which in range(1, rounds.functions):
-        b = tuple(seconds[which] for seconds in kept)
+    for one, other in rounds.pairs:
+        a, b = (tuple(seconds[which] for seconds in kept) for which in (one, other))
         ratio, low, high = bootstrap_interval(a, b)
         found.append(
             PairedResult(
@@ -288,12 +289,12 @@ def _results(rounds: _Rounds, repeats: Sequence[int], stop: Stop, spent: float) 
                 ratio=ratio,
                 low=low,
                 high=high,
-                repeats_a=repeats[0],
-                repeats_b=repeats[which],
+                repeats_a=repeats[one],
+                repeats_b=repeats[other],
                 converged=(high - low) / (2 * ratio) <= stop.noise,
                 seconds=spent,
                 dropped=tuple(
-                    Dropped(seconds[0], seconds[which], why)
+                    Dropped(seconds[one], seconds[other], why)
                     for seconds, why, counts in zip(rounds.seconds, reasons, counting, strict=True)
                     if not counts
                 ),

@@ -25,8 +25,13 @@ class InterpreterError(Exception):
     """The process failed; the message is its last line of output."""
 
 
-def run(job: str, *arguments: str, timeout_s: float = TIMEOUT_S) -> Iterator[dict[str, Any]]:
+def run(
+    job: str, *arguments: str, timeout_s: float = TIMEOUT_S, module: str = "dlgpu.bench.interpreted"
+) -> Iterator[dict[str, Any]]:
     """The results of a job, as they come.
+
+    Args:
+        module: where the job is; any but this one runs where kernels are compiled.
 
     Raises:
         InterpreterError: it failed, or ran past its time.
@@ -38,9 +43,11 @@ def run(job: str, *arguments: str, timeout_s: float = TIMEOUT_S) -> Iterator[dic
     path = [p for p in (environment.get("PYTHONPATH"), str(PACKAGE.parent)) if p]
     # A tensor on a GPU would be copied to and fro; there is none to see.
     environment |= {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(path), "CUDA_VISIBLE_DEVICES": ""}
+    if module != "dlgpu.bench.interpreted":
+        del environment["TRITON_INTERPRET"]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", "dlgpu.bench.interpreted", job, *arguments],
+            [sys.executable, "-m", module, job, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -72,7 +79,8 @@ def run(job: str, *arguments: str, timeout_s: float = TIMEOUT_S) -> Iterator[dic
     if status:
         last = (said.strip().splitlines() or [f"status {status}"])[-1]
         reason = f"no end after {timeout_s:.0f} s" if late.is_set() else last
-        raise InterpreterError(f"Triton's interpreter, {job}: {reason}")
+        what = "Triton's interpreter" if "TRITON_INTERPRET" in environment else "Triton's compiler"
+        raise InterpreterError(f"{what}, {job}: {reason}")
     # Warnings, which are not to get lost.
     sys.stderr.write(said)
 
@@ -88,20 +96,21 @@ def _digits(steps: int, seed: int) -> Iterator[dict[str, Any]]:
             yield {"loss": loss}
 
 
-def _bytes(names: list[str]) -> Iterator[dict[str, Any]]:
-    from .byte_model import MODELS, LawError, derive
+def _laws(names: list[str]) -> Iterator[dict[str, Any]]:
+    from .laws import LawError, Meter
 
+    meter = Meter()
     for name in names:
         try:
-            yield {"model": name, "laws": [dataclasses.asdict(law) for law in derive(MODELS[name])]}
+            yield dataclasses.asdict(meter.derive(name))
         except LawError as error:
-            yield {"model": name, "error": str(error)}
+            yield {"op": name, "error": str(error)}
 
 
 def main(arguments: list[str]) -> None:
-    """`digits STEPS SEED` or `bytes NAME...`."""
+    """`digits STEPS SEED` or `laws OP...`."""
     job, *rest = arguments
-    found = _digits(int(rest[0]), int(rest[1])) if job == "digits" else _bytes(rest)
+    found = _digits(int(rest[0]), int(rest[1])) if job == "digits" else _laws(rest)
     for result in found:
         print(json.dumps(result), flush=True)
 

@@ -28,7 +28,7 @@ from dlgpu.ops import optimizers
 
 from .unfused import ByteCounter, Row, distinct_bytes
 
-__all__ = ["Limits", "Operand", "Record", "dry_run", "recording"]
+__all__ = ["Launched", "Limits", "Operand", "Record", "dry_run", "launched", "recording"]
 
 # (capability, bytes of shared memory a block, multiprocessors), as _triton.device_limits gives them.
 Limits = tuple[int, int, int]
@@ -129,7 +129,7 @@ def _operands(named: Iterable[tuple[str, Any]]) -> dict[str, Operand]:
             size = tensor.element_size()
             last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
             # Meta tensors have no address: it takes the storage's identity to see what overlaps.
-            storage, first = tensor.untyped_storage()._cdata, tensor.storage_offset() * size
+            storage, first = tensor.untyped_storage()._cdata, int(tensor.storage_offset()) * size
             end, labels, tensors = first + (last + 1) * size, [label], [tensor]
             for other in [s for s in spans if s[0] == storage and s[1] < end and first < s[2]]:
                 spans.remove(other)
@@ -247,6 +247,28 @@ def _patched(name: str, value: Any) -> Iterator[None]:
         yield
 
 
+@dataclasses.dataclass(frozen=True)
+class Launched:
+    """A launch as it was made: what takes compiling.
+
+    args: by parameter name. options: of the compiler, such as num_warps.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    options: dict[str, Any]
+
+
+def launched(limits: Limits, call: Callable[[], object]) -> list[Launched]:
+    """What launchers, called on meta tensors, would launch on a GPU of these limits. Of ops, which would find their fake
+    implementations, `dry_run` tells."""
+    found: list[Launched] = []
+    with recording(limits, dry=True, spy=found.append):
+        call()
+    return found
+
+
 @contextlib.contextmanager
 def recording(
     limits: Limits | None = None,
@@ -254,6 +276,7 @@ def recording(
     note: Callable[[Record], None] | None = None,
     watch: Callable[[list[torch.Tensor], str], object] | None = None,
     dry: bool = False,
+    spy: Callable[[Launched], object] | None = None,
 ) -> Iterator[list[Record]]:
     """Context manager: the list of what is launched within, in order.
 
@@ -262,6 +285,7 @@ def recording(
         note: is called with each record too.
         watch: is called with the tensors that an optimizer's launches will reach through tables, and what they are.
         dry: launch nothing.
+        spy: is called with each launch as it is, before `note`.
     """
     found: list[Record] = []
     real = _triton.launch
@@ -270,6 +294,10 @@ def recording(
     def record(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         if 0 in grid:
             return
+        if spy is not None:
+            options = {name: value for name, value in meta.items() if name in _OPTIONS}
+            rest = {name: value for name, value in meta.items() if name not in _OPTIONS}
+            spy(Launched(kernel, grid, dict(zip(kernel.arg_names, args, strict=False)) | rest, options))
         found.append(steps.complete(record_of(kernel, grid, args, meta)))
         if note is not None:
             note(found[-1])
@@ -298,17 +326,21 @@ class _Addresses:
             self._bases[key] = self._next
             # As torch's allocator on a GPU: multiples of 512 bytes.
             self._next += -(-max(storage.nbytes(), 1) // 512) * 512
-        return self._bases[key] + tensor.storage_offset() * tensor.element_size()
+        return self._bases[key] + int(tensor.storage_offset()) * tensor.element_size()
 
 
 def dry_run(
-    bind: Callable[[], Callable[[], object]], limits: Limits, warm: bool = False
+    bind: Callable[[], Callable[[], object]],
+    limits: Limits,
+    warm: bool = False,
+    spy: Callable[[Launched], object] | None = None,
 ) -> list[Record | Row]:
     """What the call that `bind` makes on meta tensors would launch on a GPU of these limits, and the operations of torch's
     own between, in order. What `bind` itself does, such as the forward pass before a backward, is left out.
 
     Args:
         warm: leave out a first call too, in which an optimizer makes its states.
+        spy: is called with each launch as it is.
     """
     steps: list[Record | Row] = []
 
@@ -327,23 +359,30 @@ def dry_run(
     def call(op: _dispatch.Op, *args: Any) -> Any:
         return implementation(op, *args) if op._autograd is None else op._autograd(*args)
 
+    listening = False
+
+    def heard(launch: Launched) -> None:
+        if listening and spy is not None:
+            spy(launch)
+
     addresses = _Addresses()
     with (
         dlgpu.use_backend("triton"),
         mock.patch.object(_dispatch.Op, "below", below),
         mock.patch.object(_dispatch.Op, "__call__", call),
         # A mode is about, and no tracing.
-        mock.patch.object(_dispatch, "direct", lambda args: True),
+        mock.patch.object(_dispatch, "direct", return_value=True),
         mock.patch.object(torch.Tensor, "data_ptr", lambda tensor: addresses(tensor)),
         # It has no answer for the meta device.
-        mock.patch.object(torch, "is_autocast_enabled", lambda *device: False),
+        mock.patch.object(torch, "is_autocast_enabled", return_value=False),
         mock.patch.object(kernels, "_upload_once", lambda array, device, kept: torch.from_numpy(array)),
-        recording(limits, note=steps.append, dry=True),
+        recording(limits, note=steps.append, dry=True, spy=heard),
     ):
         function = bind()
         if warm:
             function()
         steps.clear()
+        listening = spy is not None
         with Counter("meta"):
             function()
     return steps

@@ -112,22 +112,25 @@ def _short(operand: str) -> str:
     return operand.replace("_ptr", "")
 
 
-def _times(operand: str, **counts: Callable[[Record], int]) -> Terms:
+Count = Callable[[Record], int]
+
+
+def _counted(count: Count, operand: str) -> Count:
+    return lambda r: count(r) * r.bytes_of(operand)
+
+
+def _sized(count: Count, operand: str) -> Count:
+    return lambda r: count(r) * r.operands[operand].itemsize if operand in r.operands else 0
+
+
+def _times(operand: str, **counts: Count) -> Terms:
     """The operand's bytes times each count, whose name the term bears: `down` gives "down w"."""
-    return {
-        f"{name.replace('_', ' ')} {_short(operand)}": lambda r, count=count: count(r) * r.bytes_of(operand)
-        for name, count in counts.items()
-    }
+    return {f"{name} {_short(operand)}": _counted(count, operand) for name, count in counts.items()}
 
 
-def _elements(operand: str, **counts: Callable[[Record], int]) -> Terms:
+def _elements(operand: str, **counts: Count) -> Terms:
     """Bytes of as many elements of the operand."""
-    return {
-        f"{name} of {_short(operand)}": lambda r, count=count: (
-            count(r) * r.operands[operand].itemsize if operand in r.operands else 0
-        )
-        for name, count in counts.items()
-    }
+    return {f"{name} of {_short(operand)}": _sized(count, operand) for name, count in counts.items()}
 
 
 # Tiles of a product: b is asked for by each row of tiles, a by each column of them.
@@ -275,34 +278,38 @@ def _head_once() -> dict[str, Terms]:
 _PARTIAL = _elements(
     "partial_ptr", **{"fields splits N": lambda r: _head_fields(r) * _head_splits(r) * r["N"]}
 )
-_DZ = {
+_DZ: dict[str, Terms] = {
     "dz_ptr": _elements("dz_ptr", **{"N columns": lambda r: r["N"] * _head_columns(r)}),
     "partial_ptr": _elements("partial_ptr", **{"down columns": lambda r: _head_down(r) * _head_columns(r)}),
 }
-_SCALES = {"scales": lambda r: 4 * (3 + r["SMOOTH"]) * r["N"]}
-_REDUCED = {
+_SCALES: Terms = {"scales": lambda r: 4 * (3 + r["SMOOTH"]) * r["N"]}
+# A sum goes to the result where one program makes it, else to that program's place.
+_REDUCED: dict[str, Terms] = {
     name: {
-        f"{_short(name)}, one program": lambda r, name=name: (
-            r["REDUCE"] * (r["grid0"] == 1) * r.bytes_of(name)
-        ),
-        f"{_short(name)}, programs": lambda r, name=name: r["REDUCE"] * (r["grid0"] > 1) * r.bytes_of(name),
-        f"{_short(name)}, not reduced": lambda r, name=name: (1 - r["REDUCE"]) * r.bytes_of(name),
+        f"{_short(name)}, one program": _counted(lambda r: r["REDUCE"] * (r["grid0"] == 1), name),
+        f"{_short(name)}, programs": _counted(lambda r: r["REDUCE"] * (r["grid0"] > 1), name),
+        f"{_short(name)}, not reduced": _counted(lambda r: 1 - r["REDUCE"], name),
     }
     for name in ("loss_ptr", "partial_ptr")
 }
-_UNSPLIT = {
-    name: {_short(name): lambda r, name=name: _single(r) * r.bytes_of(name)}
+_UNSPLIT: dict[str, Terms] = {
+    name: {_short(name): _counted(_single, name)}
     for name in ("loss_ptr", "stats_ptr", "lse_ptr", "correct_ptr")
 }
 # Class indices are asked for by each block of columns, probabilities are read as the logits are.
-_TARGETS = {
+_TARGETS: Terms = {
     "columns target": lambda r: _classes(r) * r["grid1"] * r.bytes_of("target_ptr"),
     "target": lambda r: (1 - _classes(r)) * r.bytes_of("target_ptr"),
 }
-_TENSORS = {"T": lambda r: r["tensors"]}
+# What puts the parts of a split row together looks at the target's logit, and at no probabilities.
+_COMBINED: dict[str, Terms] = {
+    "x_ptr": _elements("x_ptr", N=lambda r: _classes(r) * r["N"]),
+    "target_ptr": {"target": lambda r: _classes(r) * r.bytes_of("target_ptr")},
+}
+_TENSORS: Terms = {"T": lambda r: r["tensors"]}
 # Of 12 float32 numbers each. The addresses of their learning rates are padded to an even number.
-_GROUPS = {"groups": lambda r: r.bytes_of("hyper_ptr") // 48}
-_MULTI = {
+_GROUPS: Terms = {"groups": lambda r: r.bytes_of("hyper_ptr") // 48}
+_MULTI: Terms = {
     "programs": lambda r: r["grid0"],
     "tensors with a rest": lambda r: r["rests"],
 }
@@ -311,7 +318,7 @@ _MULTI = {
 ONCE: dict[str, dict[str, Terms]] = {
     "_batch_norm_finish_kernel": {"x_ptr": _elements("x_ptr", C=lambda r: r["C"])},
     "_cross_entropy_fwd_kernel": _UNSPLIT,
-    "_cross_entropy_combine_kernel": {"x_ptr": _elements("x_ptr", N=lambda r: _classes(r) * r["N"])},
+    "_cross_entropy_combine_kernel": _COMBINED,
     "_linear_cross_entropy_fwd_kernel": _head_once() | {"partial_ptr": _PARTIAL},
     "_linear_cross_entropy_dz_kernel": _head_once() | _DZ | {"scales_ptr": _SCALES},
     "_loss_fwd_kernel": _REDUCED,
@@ -354,7 +361,7 @@ TERMS: dict[str, dict[str, Terms]] = {
         "target_ptr": _TARGETS,
         **_UNSPLIT,
     },
-    "_cross_entropy_combine_kernel": {"x_ptr": _elements("x_ptr", N=lambda r: _classes(r) * r["N"])},
+    "_cross_entropy_combine_kernel": _COMBINED,
     "_cross_entropy_bwd_kernel": {
         **_by_column("stats_ptr"),
         "target_ptr": _TARGETS,
@@ -482,7 +489,7 @@ def fit(samples: Sequence[Sample]) -> Laws:
 def _fit_one(kernel: str, operand: str, quantity: str, counts: Sequence[tuple[Record, int]]) -> Law:
     terms = _terms(kernel, operand, quantity)
     matrix = np.array([[term(record) for term in terms.values()] for record, _ in counts], np.float64)
-    seen = matrix.any(0)
+    seen = np.asarray(matrix.any(0))
     names = [name for name, present in zip(terms, seen, strict=True) if present]
     unseen = tuple(name for name in terms if name not in names)
     where = f"{kernel}, {quantity} bytes of {operand}"
@@ -518,7 +525,10 @@ class Probe:
 
     def __str__(self) -> str:
         return " ".join(
-            [*(f"{name}={size}" for name, size in self.shape.items()), str(self.dtype).removeprefix("torch.")]
+            [
+                *(f"{name}={value}" for name, value in {**self.shape, **self.options}.items()),
+                str(self.dtype).removeprefix("torch."),
+            ]
         )
 
 
@@ -606,8 +616,12 @@ _ROWS = Probes(
     (*_probes("N V", (5, 4100), dtype=_FP32), *_probes("N V", (3, 20001), (1, 40000))),
 )
 _NORM = Probes(
-    _probes("M N", (70, 16), (33, 304), (3, 9000), (2, 40000)),
-    (*_probes("M N", (20, 1000), dtype=_FP32), *_probes("M N", (5, 17000))),
+    (*_probes("M N", (70, 16), (33, 304), (3, 9000)), *_probes("M N", (2, 17000), dtype=_FP32)),
+    (
+        *_probes("M N", (20, 1000), dtype=_FP32),
+        *_probes("M N", (2, 10000)),
+        *_probes("M N", (1, 18001), dtype=_FP32),
+    ),
 )
 _LOSS = Probes(
     (
@@ -619,19 +633,17 @@ _LOSS = Probes(
         *_probes("M N", (77, 151), options={"reduction": "sum"}),
     ),
 )
-_STEPS = _probes("n tensors", (4000, 1), (9001, 1), (10002, 2), (12000, 3), (3003, 5), (77, 7), dtype=_FP32)
-_STEPS_HELD_OUT = (
-    *_probes("n tensors", (15001, 1), (8765, 6), dtype=_FP32),
-    *_probes("n tensors", (5005, 3)),
-)
+_LIKE_MSE = Probes(held_out=_LOSS.held_out, like=("mse_loss",))
+_STEPS = _probes("n tensors", (9001, 1), (10002, 2), (3003, 5), (77, 7), dtype=_FP32)
+_STEPS_HELD_OUT = (*_probes("n tensors", (8765, 6), dtype=_FP32), *_probes("n tensors", (15001, 3)))
 
 
-def _optimizer(**options: tuple[Any, ...]) -> Probes:
-    """With the default options, and with each of these."""
-    changed = [{name: value} for name, values in options.items() for value in values]
+def _optimizer(**options: Any) -> Probes:
+    """With the default options, and with these."""
+    changed = [options] if options else []
     return Probes(
-        (*_STEPS, *(dataclasses.replace(p, options=o) for o in changed for p in _STEPS)),
-        (*_STEPS_HELD_OUT, *(dataclasses.replace(_STEPS_HELD_OUT[1], options=o) for o in changed)),
+        (*_STEPS, *(dataclasses.replace(probe, options=o) for o in changed for probe in _STEPS)),
+        (*_STEPS_HELD_OUT, *(dataclasses.replace(_STEPS_HELD_OUT[0], options=o) for o in changed)),
     )
 
 
@@ -650,6 +662,8 @@ PROBES: dict[str, Probes] = {
             *_probes("M N K", (70, 48, 16), options={"activation": "relu"}),
             *_probes("M N K", (7, 8, 16)),
         ),
+        # Where cuBLAS multiplies, the activation is a pass of its own.
+        like=("activation",),
     ),
     "mlp": Probes(
         (
@@ -664,8 +678,10 @@ PROBES: dict[str, Probes] = {
     ),
     "gated_linear": Probes(
         (
-            *_probes("M H K", (33, 40, 24), (130, 136, 72)),
+            *_probes("M H K", (33, 40, 24), (130, 72, 40)),
             *_probes("M H K", (70, 48, 16), (130, 24, 72), dtype=_FP32),
+            # Its derivative takes h.
+            *_probes("M H K", (70, 48, 16), options={"unit": "glu"}),
         ),
         (
             *_probes("M H K", (65, 48, 24), dtype=_FP16),
@@ -678,8 +694,8 @@ PROBES: dict[str, Probes] = {
     "dropout": _MN,
     "cross_entropy": Probes(
         (
-            *_probes("N V", (70, 16), (9, 304), (9, 300), (2, 8300), (3, 33000)),
-            *_probes("N V", (70, 16), (9, 300), (6, 33000), options={"grad_in_forward": True}),
+            *_probes("N V", (70, 16), (9, 304), (9, 300), (2, 8300), (3, 17001)),
+            *_probes("N V", (70, 16), (20, 304), (9, 300), (6, 17001), options={"grad_in_forward": True}),
             *_probes("N V", (9, 304), (2, 8300), options={"target": "probabilities"}),
             *_probes("N V", (9, 304), (2, 8300), options={"label_smoothing": 0.1}),
         ),
@@ -707,12 +723,12 @@ PROBES: dict[str, Probes] = {
     "log_softmax": _ROWS,
     "logsumexp": _ROWS,
     "mse_loss": _LOSS,
-    "l1_loss": _LOSS,
-    "smooth_l1_loss": _LOSS,
-    "huber_loss": _LOSS,
-    "binary_cross_entropy_with_logits": _LOSS,
-    "hinge_loss": _LOSS,
-    "kl_div": _LOSS,
+    "l1_loss": _LIKE_MSE,
+    "smooth_l1_loss": _LIKE_MSE,
+    "huber_loss": _LIKE_MSE,
+    "binary_cross_entropy_with_logits": _LIKE_MSE,
+    "hinge_loss": _LIKE_MSE,
+    "kl_div": _LIKE_MSE,
     "multi_margin_loss": Probes(
         (
             *_probes("M N", (70, 10), (9, 300), (3, 9000)),
@@ -721,20 +737,20 @@ PROBES: dict[str, Probes] = {
         (*_probes("M N", (11, 333), dtype=_FP32), *_probes("M N", (2, 8500), options={"p": 2})),
     ),
     "batch_norm": Probes(
-        _probes("N C", (100, 40), (70, 24), (700, 72), (1100, 24)),
-        (*_probes("N C", (600, 40), dtype=_FP32), *_probes("N C", (33, 17))),
+        _probes("N C", (100, 40), (70, 24), (520, 30), (1030, 16)),
+        (*_probes("N C", (600, 20), dtype=_FP32), *_probes("N C", (33, 17))),
     ),
     "layer_norm": _NORM,
-    "rms_norm": _NORM,
-    "sgd": _optimizer(momentum=(0.0,)),
+    "rms_norm": Probes(_NORM.fit[:1], _NORM.held_out, like=("layer_norm",)),
+    "sgd": _optimizer(momentum=0.0),
     "adagrad": _optimizer(),
-    "rmsprop": _optimizer(momentum=(0.9,)),
-    "adam": _optimizer(amsgrad=(True,)),
-    "adamw": _optimizer(amsgrad=(True,)),
+    "rmsprop": _optimizer(momentum=0.9),
+    "adam": _optimizer(amsgrad=True),
+    "adamw": Probes(held_out=_STEPS_HELD_OUT, like=("adam",)),
     "training_step": Probes(
         (),
         _probes("M I H O L", (64, 16, 24, 10, 2), (70, 24, 40, 16, 3)),
-        like=("mlp", "linear", "cross_entropy", "adam"),
+        like=("mlp", "cross_entropy", "adam"),
     ),
 }
 

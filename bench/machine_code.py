@@ -37,6 +37,21 @@ CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
 # KiB that one block may ask for; the 1 KiB the driver reserves is already taken off.
 _SHARED_MEMORY_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 
+# What one multiprocessor holds: warps, blocks, and KiB of shared memory. From the table of compute capabilities in the CUDA
+# programming guide.
+_RESIDENT = {
+    75: (32, 16, 64),
+    80: (64, 32, 164),
+    86: (48, 16, 100),
+    89: (48, 24, 100),
+    90: (64, 32, 228),
+    100: (64, 32, 228),
+    120: (48, 24, 100),
+}
+_REGISTERS = 65536
+# A warp's registers are given out in units of so many.
+_REGISTER_UNIT = 256
+
 # A descriptor's transfer moves a tile, whatever the lanes do: any number larger than a lane's widest access.
 BULK_BITS = 4096
 
@@ -108,6 +123,29 @@ class MachineCode:
     def fits(self) -> bool:
         """Whether the GPU has the memory on chip; the compiler does not ask."""
         return self.shared_bytes <= shared_memory_limit(self.capability) and self.tensor_memory_columns <= 512
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks a multiprocessor holds at once; 0 for a block that it cannot hold."""
+        warps, blocks, shared_kib = _RESIDENT[self.capability]
+        registers = -(-self.registers * 32 // _REGISTER_UNIT) * _REGISTER_UNIT
+        # From 8.0 on the driver takes 1 KiB of each block's.
+        shared = self.shared_bytes + (1024 if self.capability >= 80 else 0)
+        limits = [
+            warps // self.num_warps,
+            blocks,
+            _REGISTERS // max(registers * self.num_warps, 1),
+            shared_kib * 1024 // max(shared, 1),
+        ]
+        if self.tensor_memory_columns:
+            limits.append(512 // self.tensor_memory_columns)
+        return min(limits) if self.fits else 0
+
+    @property
+    def occupancy(self) -> float:
+        """Of the warps that a multiprocessor can hold, the share that it does: from registers, shared and tensor memory, not
+        from how many blocks there are."""
+        return self.blocks * self.num_warps / _RESIDENT[self.capability][0]
 
     def _count(self, stem: str) -> int:
         return sum(n for op, n in self.instructions.items() if op.split(".")[0] == stem)

@@ -7,6 +7,7 @@ Universal Design", 2008), which people with colour-blindness tell apart, and no 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import math
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from .ceilings import COPY
-from .tables import bytes_text, median, plain, seconds, verdict
+from .tables import bytes_text, median, op_title, plain, seconds, verdict
 
 __all__ = ["PLOTS", "Plot", "Theme", "as_png", "as_svg", "draw"]
 
@@ -67,10 +68,17 @@ class Plot:
 
 def draw(document: Row, theme: Theme | None = None) -> list[Plot]:
     """All plots of a document."""
+    theme = theme or _PLACEHOLDERS
+    with _style(theme):
+        return [plot(document, theme) for plot in PLOTS]
+
+
+@contextlib.contextmanager
+def _style(theme: Theme, **more: Any) -> Iterator[None]:
+    """Where figures are made, and where they are drawn: some colours are looked up only then."""
     import matplotlib
     from cycler import cycler
 
-    theme = theme or _PLACEHOLDERS
     settings: dict[Any, Any] = {
         "font.family": ["DejaVu Sans"],
         "font.size": 9.0,
@@ -96,11 +104,12 @@ def draw(document: Row, theme: Theme | None = None) -> list[Plot]:
         "figure.facecolor": "none",
         "savefig.facecolor": "none",
         "svg.fonttype": "none",
+        **more,
     }
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         # Glyphs that the font lacks: the browser has others.
         warnings.simplefilter("ignore")
-        return [plot(document, theme) for plot in PLOTS]
+        yield
 
 
 def as_svg(figure: Any, name: str) -> str:
@@ -108,13 +117,9 @@ def as_svg(figure: Any, name: str) -> str:
 
     `name` sets its ids apart from those of other figures of the page.
     """
-    import matplotlib
-
     file = io.StringIO()
     # The salt makes two drawings of one figure equal.
-    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False}
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _style(_PLACEHOLDERS, **{"svg.hashsalt": name}):
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = file.getvalue()
     text = text[text.index("<svg") :]
@@ -125,12 +130,12 @@ def as_svg(figure: Any, name: str) -> str:
     return text.replace("<svg ", '<svg role="img" ', 1)
 
 
-def as_png(figure: Any, theme: Theme, dpi: int = 110) -> bytes:
-    """A picture of a figure that was drawn in `theme`."""
+def as_png(figure: Any, theme: Theme, dpi: int = 110, source: str = "") -> bytes:
+    """A picture of a figure that was drawn in `theme`; `source`, kept in it, says from what."""
     file = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        figure.savefig(file, format="png", dpi=dpi, facecolor=theme.paper, metadata={"Software": None})
+    with _style(theme):
+        metadata = {"Software": None, **({"Source": source} if source else {})}
+        figure.savefig(file, format="png", dpi=dpi, facecolor=theme.paper, metadata=metadata)
     return file.getvalue()
 
 
@@ -160,8 +165,7 @@ def _cut(text: str, limit: int = LONGEST_LABEL) -> str:
 
 def _label(row: Row, against: bool = True) -> str:
     """Two lines: the op, and where it was run."""
-    options = ",".join(f"{name}={value}" for name, value in (row.get("options") or {}).items())
-    first = f"{row['op']}{f'[{options}]' if options else ''} {row['passes']}"
+    first = f"{op_title(row)} {row['passes']}"
     second = " ".join(f"{name}={size}" for name, size in row["shape"].items())
     second = ", ".join(filter(None, [second, row.get("note"), row.get("dtype")]))
     if against and "b" in row:
@@ -289,7 +293,7 @@ def roofline(document: Row, theme: Theme) -> Plot:
         axes.plot([knee, high], [row["value"] / 1e12] * 2, color=theme.ink, linewidth=1.4, linestyle=style)
         name = _cut(plain(row["name"]), 30)
         axes.annotate(
-            f"{name}: {row['value'] / 1e12:.3g} TFLOP/s",
+            f"{name}: {row['value'] / 1e12:.4g} TFLOP/s",
             (high, row["value"] / 1e12),
             (-2, 3),
             textcoords="offset points",
@@ -303,7 +307,7 @@ def roofline(document: Row, theme: Theme) -> Plot:
     axes.text(
         low * 1.15,
         low * 1.15 * speed / 1e12 * 1.12,
-        f"copy: {speed / 1e9:.4g} GB/s",
+        f"copy: {bytes_text(speed)}/s",
         rotation=math.degrees(math.atan2(speed / 1e12, 1)),
         rotation_mode="anchor",
         transform_rotates_text=True,
@@ -409,13 +413,13 @@ def bandwidth(document: Row, theme: Theme) -> Plot:
         shares = [100 * rate / ceiling["value"] for rate in rates]
         axes.barh(y, shares, height=0.6, color=theme.ours)
         for at, share, rate in zip(y, shares, rates, strict=True):
-            text = f"{share:.0f}%, {rate / 1e9:.3g} GB/s"
+            text = f"{share:.0f}%, {bytes_text(rate)}/s"
             axes.annotate(text, (share, at), (4, 0), textcoords="offset points", va="center", fontsize=8)
         axes.axvline(100, color=theme.ink, linewidth=1.2)
         axes.set_xlim(0, max(130.0, *(share * 1.3 for share in shares)))
         axes.set_yticks(y, [_label(row, against=False) for row in part], fontsize=7.5)
         axes.grid(axis="x")
-        axes.set_xlabel(f"share of the measured copy bandwidth, {ceiling['value'] / 1e9:.4g} GB/s (%)")
+        axes.set_xlabel(f"share of the measured copy bandwidth, {bytes_text(ceiling['value'])}/s (%)")
         figures.append(figure)
     return dataclasses.replace(plot, figures=tuple(figures))
 
@@ -430,9 +434,10 @@ def bytes_moved(document: Row, theme: Theme) -> Plot:
     )
     found: dict[tuple[str, str], tuple[Row, float, float]] = {}
     for row in document["rows"]:
-        if row["kind"] not in ("timing", "count") or not row.get("compulsory_bytes"):
+        if row["kind"] not in ("timing", "count", "model") or not row.get("compulsory_bytes"):
             continue
         unfused = row.get("unfused_bytes") or {}
+        # Of several GPUs, whose tiles may differ, the first.
         for name, size in unfused.items() if isinstance(unfused, dict) else [("", unfused)]:
             found.setdefault((_label(row, against=False), name), (row, row["compulsory_bytes"], size))
     if not found:
@@ -624,6 +629,50 @@ def where_from(document: Row, theme: Theme) -> Plot:
     return dataclasses.replace(plot, figures=tuple(figures))
 
 
+MARKERS = "osD^vPX*"
+
+
+def model(document: Row, theme: Theme) -> Plot:
+    """The gain that each GPU's figures allow."""
+    plot = Plot(
+        "model",
+        "MODEL: what fusing can gain",
+        "MODEL, not a timing. The least time that torch's operations one by one could take over the least that dlgpu's "
+        "launches could, on each GPU: bytes at its bandwidth, products at its peak rate. Real kernels reach neither.",
+    )
+    rows = [row for row in document["rows"] if row["kind"] == "model" and row.get("gain")]
+    if not rows:
+        return dataclasses.replace(plot, absent="no model in this file")
+    gains: dict[str, list[tuple[str, float]]] = {}
+    for row in rows:
+        label = _label({"passes": "", "shape": {}, **row}, against=False)
+        gains.setdefault(label, []).append((plain(row.get("gpu") or "?", 24), row["gain"]))
+    names = list(dict.fromkeys(name for found in gains.values() for name, _ in found))[: len(MARKERS)]
+    colours = (theme.ours, theme.other, theme.third, theme.grey)
+    figures = []
+    for part in _parts(list(gains)):
+        figure, axes, y = _bars(part)
+        for i, name in enumerate(names):
+            points = [
+                (g, at) for label, at in zip(part, y, strict=True) for n, g in gains[label] if n == name
+            ]
+            xs, ys = zip(*points, strict=True) if points else ((), ())
+            axes.plot(xs, ys, MARKERS[i], color=colours[i % 4], label=name, linestyle="none", markersize=6)
+        highest = max(gain for label in part for _, gain in gains[label])
+        lowest = min(gain for label in part for _, gain in gains[label])
+        low, high = min(0.95, lowest * 0.95), max(1.2, highest * 1.1)
+        axes.set_xscale("log", base=2)
+        axes.set_xlim(low, high)
+        _log2_ticks(axes, low, high)
+        axes.set_yticks(y, part, fontsize=7.5)
+        axes.axvline(1, color=theme.ink, linewidth=1)
+        axes.grid()
+        axes.set_xlabel("MODEL: at most so many times as fast as torch eager (times, log scale)")
+        _legend_above(axes)
+        figures.append(figure)
+    return dataclasses.replace(plot, figures=tuple(figures))
+
+
 # In the order of the report.
 PLOTS: tuple[Callable[[Row, Theme], Plot], ...] = (
     speed_ups,
@@ -632,4 +681,5 @@ PLOTS: tuple[Callable[[Row, Theme], Plot], ...] = (
     bytes_moved,
     time_against_size,
     where_from,
+    model,
 )

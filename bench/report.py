@@ -22,7 +22,8 @@ listed here are allowed, kept and, where they are plain numbers or texts, shown.
               bytes_per_s and flops_per_s of a; peak_memory_a_bytes, peak_memory_b_bytes: above what was allocated before
               the call; saved_a_bytes, saved_b_bytes: kept for backward; host_a_s, host_b_s: the host's part of a call;
               compile_a_s, compile_b_s: the first call, compiling; config: of a's kernels; clocks: of the GPU in MHz, one
-              entry a pair
+              entry a pair. Where there was a goal: target: in words, reached: "met", "missed" or "open", and targets: each
+              by itself, {target, value, low, high, met}
     training  a, b, losses_a, losses_b: one entry a step; accuracy_a, accuracy_b: on held-out data; epochs, batch, seed,
               device
     kernels   losses: of the kernels in Triton's interpreter, one entry a step; max_difference from the training row's b
@@ -33,7 +34,17 @@ listed here are allowed, kept and, where they are plain numbers or texts, shown.
     bound     op, passes, shape, dtype, bandwidth: bytes a second, measured in this run; compulsory_s, unfused_s: {name: s}: no
               launch can take less than its bytes at that bandwidth; MODEL, not a timing
     ceiling   name, value, unit: "B/s", "FLOP/s" or "1/s" (launches); samples_s
-    model     op, options, passes, shape, dtype, gpu and the numbers of `dlgpu-bench model`; MODEL, not a timing
+    model     op, options, passes, shape, dtype, gpu; launches, compulsory_bytes, flops and bound_s of dlgpu's launches;
+              unfused_bytes, unfused_launches, unfused_bound_s: {name: number}; gain; limited_by; and what else `rows` in
+              bench/model.py names; MODEL, not a timing
+    tests     title: a file of tests; passed, failed, skipped; seconds; failures: [{id, message}]
+    checker   title, checker: the vendor's; cases, kernels: those that ran; errors: how many it reports, detail: what
+    tuned     title: a product, its tile, and what that gained; the table is beside the results
+    achieved  op, options, passes, shape, dtype; seconds a call, launches; compulsory_bytes and requested_bytes by the laws,
+              flops, and with that time bytes_per_s, flops_per_s; copy_share, matmul_share: of the ceilings of this run
+    counter   op, options, passes, shape, dtype; hardware_bytes: what the GPU's counters say that dlgpu's launches moved from
+              and to memory, law_bytes: what the laws say, over_law: the quotient; kernels: one entry a launch; others: those
+              that are not dlgpu's
     absent    provider, reason: it is not installed, or does not run here; nothing is guessed in its place
     wrong     title, provider, detail: results that differ from float64's; such a provider gets no time
     impossible  title, provider, detail: a time below what the measured ceilings allow, which is no time
@@ -95,12 +106,23 @@ def _mapping_to(check: Callable[[Any], bool]) -> Callable[[object], bool]:
 
 
 def _positive(value: object) -> bool:
-    # A ratio of two such numbers is one.
+    # Quotients of two such numbers are numbers, and can be drawn.
     return _number(value) and 1e-30 < value < 1e30  # type: ignore[operator]
 
 
 def _not_negative(value: object) -> bool:
-    return _number(value) and value >= 0  # type: ignore[operator]
+    return _number(value) and (value == 0 or _positive(value))
+
+
+def _sizes(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and len(value) <= 16
+        and all(
+            isinstance(size, int) and not isinstance(size, bool) and 0 <= size < 1 << 48
+            for size in value.values()
+        )
+    )
 
 
 # What a value may be: its name in messages, and the test.
@@ -113,9 +135,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "a list of positive numbers": lambda value: bool(value) and _list_of(_positive)(value),
     "a list of numbers or null": _list_of(lambda x: x is None or _number(x)),
     "a list": lambda value: isinstance(value, list),
-    "sizes by name": _mapping_to(
-        lambda x: isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 1 << 63
-    ),
+    "sizes by name": _sizes,
     "numbers by name": _mapping_to(_not_negative),
     "values by name": _mapping_to(lambda x: x is None or isinstance(x, (str, int, float))),
 }
@@ -166,7 +186,43 @@ KINDS: dict[str, dict[str, str]] = {
     },
     "bound": {**_CASE, "bandwidth": _POSITIVE, "compulsory_s": _COUNT, "unfused_s": "numbers by name"},
     "ceiling": {"name": _TEXT, "value": _POSITIVE, "unit": _TEXT, "samples_s": "?a list"},
-    "model": {"op": _TEXT, "options": "?values by name", "shape": "?sizes by name"},
+    "model": {
+        "op": _TEXT,
+        **dict.fromkeys(("passes", "dtype", "gpu", "limited_by"), "?a text"),
+        "options": "?values by name",
+        "shape": "?sizes by name",
+        **dict.fromkeys(("compulsory_bytes", "bound_s", "flops", "launches"), f"?{_COUNT}"),
+        **dict.fromkeys(("unfused_bytes", "unfused_launches", "unfused_bound_s"), "?numbers by name"),
+        "gain": f"?{_POSITIVE}",
+    },
+    "tests": {
+        "title": _TEXT,
+        **dict.fromkeys(("passed", "failed", "skipped"), _COUNT),
+        "failures": "?a list",
+    },
+    "checker": {
+        "title": _TEXT,
+        "checker": _TEXT,
+        "errors": _COUNT,
+        "detail": "?a text",
+        "kernels": "?a list",
+    },
+    "tuned": {"title": _TEXT},
+    "achieved": {
+        **_CASE,
+        "options": "?values by name",
+        "seconds": _POSITIVE,
+        **dict.fromkeys(("compulsory_bytes", "requested_bytes", "flops"), f"?{_COUNT}"),
+        **dict.fromkeys(("copy_share", "matmul_share", "bytes_per_s", "flops_per_s"), f"?{_COUNT}"),
+    },
+    "counter": {
+        **_CASE,
+        "options": "?values by name",
+        "hardware_bytes": _COUNT,
+        "law_bytes": _COUNT,
+        "over_law": f"?{_COUNT}",
+        "kernels": "a list",
+    },
     "absent": {"provider": _TEXT, "reason": "?a text"},
     "wrong": {"title": _TEXT, "provider": _TEXT, "detail": _TEXT},
     "impossible": {"title": _TEXT, "provider": _TEXT, "detail": _TEXT},
@@ -208,7 +264,7 @@ def _validated(document: object) -> dict[str, Any]:
         raise _Invalid("no results of dlgpu-bench: it names no schema")
     if document["schema"] != SCHEMA:
         raise _Invalid(
-            f"its schema is {plain(document['schema'], 40)!r}, and this dlgpu-bench reads {SCHEMA!r} alone: measure again, "
+            f"its schema is '{plain(document['schema'], 40)}', and this dlgpu-bench reads '{SCHEMA}' alone: measure again, "
             "or show it with the version that wrote it"
         )
     _held("the document", document, {"status": _TEXT, "started": _TEXT, "seconds": _COUNT})
@@ -223,7 +279,7 @@ def _validated(document: object) -> dict[str, Any]:
         _held(f"row {i}", row, _ANY_ROW)
         kind = row["kind"]
         if kind not in KINDS:
-            raise _Invalid(f"row {i} is of the unknown kind {plain(kind, 40)!r}")
+            raise _Invalid(f"row {i} is of the unknown kind '{plain(kind, 40)}'")
         where = f"row {i} ({kind})"
         _held(where, row, KINDS[kind])
         if kind == "timing":
@@ -457,7 +513,7 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str | bytes) -> None:
     """Writes a file that is there as a whole or not at all.
 
     Raises:
@@ -465,8 +521,8 @@ def write_whole(path: Path, text: str) -> None:
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(text if isinstance(text, bytes) else text.encode("utf-8", "backslashreplace"))
         os.replace(name, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -474,14 +530,20 @@ def write_whole(path: Path, text: str) -> None:
         raise
 
 
+def encodable(text: str, stream: IO[str]) -> str:
+    """Text that a stream takes, whatever its encoding: what that lacks is spelt out."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
 def write_out(text: str, out: Path | None) -> None:
-    """Writes to a file, or to standard output.
+    """Writes to a file, or text to standard output.
 
     Raises:
         UsageError: the file cannot be written.
     """
     if out is None:
-        sys.stdout.write(text)
+        sys.stdout.write(encodable(text, sys.stdout))
         return
     try:
         if out.is_dir():
@@ -550,7 +612,7 @@ class Console:
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
             return
-        self._stream.write(text + "\n")
+        self._stream.write(encodable(text, self._stream) + "\n")
         self._stream.flush()
 
     def section(self, name: str, kind: str | None = None) -> None:

@@ -85,10 +85,15 @@ def _that_fit(
     """The columns that there is room for; those of the highest ranks go first."""
     wanted = list(columns)
     widths = {c.name: max(len(c.name), *(len(c.cell(row)) for row in rows)) for c in columns[1:]}
-    # With a title half as wide as it would like: it may take two lines.
-    title = max(LEAST_TITLE, max(len(columns[0].cell(row)) for row in rows) // 2)
-    while len(wanted) > 2 and title + sum(widths[c.name] + 2 for c in wanted[1:]) > width:
-        wanted.remove(max(wanted[1:], key=lambda column: column.rank))
+    # With a title half as wide as it would like: it may take two lines, but no word may.
+    titles = [columns[0].cell(row) for row in rows]
+    title = max(LEAST_TITLE, *(max(len(text) // 2, *map(len, text.split(" "))) for text in titles))
+    # Three between columns, one at each end.
+    while title + 2 + sum(widths[c.name] + 3 for c in wanted[1:]) > width:
+        last = max(wanted[1:], key=lambda column: column.rank, default=None)
+        if last is None or not last.rank:
+            break
+        wanted.remove(last)
     return wanted
 
 

@@ -1,41 +1,49 @@
-"""The quick suite: which comparisons run, in which order, and how the time budget is shared among them."""
+"""Jobs under a time budget: what each takes of it, and what becomes of its rows. And the quick suite, made of them."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 
-from dlgpu.kernels.activations import ACTIVATIONS
-
-from . import byte_model, digits, interpreted
-from .environment import Others, UsageError, choose_device, describe, find_gpu, header
-from .harness import CpuTimer, Stop, Timer, paired
-from .providers import (
-    PROVIDERS,
-    Case,
-    Provider,
-    adam,
-    cross_entropy,
-    linear,
-    mlp_shapes,
-    training_step,
-    verify,
-)
+from . import ceilings, digits, interpreted
+from .cases import BOTH, FORWARD, OPS, STEP
+from .cases._base import NotOffered
+from .environment import Others, UsageError, choose_device, crowded, describe, find_gpu, header, one_line
+from .harness import Stop, Timer, paired
+from .measure import Case, measure
+from .providers import BOUNDS, function
 from .report import Console, Results, timing_row
+from .timers import timer_for
 
-__all__ = ["SECTIONS", "Context", "Job", "command", "gpu", "plan", "run"]
+__all__ = [
+    "SECTIONS",
+    "Context",
+    "Job",
+    "Rivals",
+    "command",
+    "compare",
+    "counted",
+    "default_passes",
+    "default_shape",
+    "execute",
+    "gpu",
+    "metering",
+    "plan",
+    "run",
+]
 
 Row = dict[str, Any]
-SECTIONS = ("header", "digits", "ops", "bytes", "ceilings", "gpu")
+Rivals = Sequence[str]
+SECTIONS = ("header", "ceilings", "digits", "ops", "model", "gpu")
 
-KERNEL_STEPS = 10
+KERNEL_STEPS = 5
 # Of the time that is left: 30 epochs take seconds, but on a busy machine threads wait for one another, and take a minute.
 TRAINING_SHARE = 0.3
 # The length of the loss curve whose distance from float64's is told.
@@ -44,6 +52,11 @@ CURVE_STEPS = 100
 TIMING_SHARE = 0.3
 # Below this a share of the budget measures nothing.
 LEAST_SHARE_S = 0.05
+# More than this tells nothing new on a quiet machine, and on another it does not help.
+MOST_SHARE_S = 8.0
+LATE = "the time budget is spent (--budget)"
+# Elements of inputs and results, in bytes, while float64's truth and copies of it are held beside them.
+VERIFIED_BYTES = 40
 
 
 @dataclasses.dataclass
@@ -54,8 +67,8 @@ class Context:
     seed: int
     console: Console
     rows: list[Row]
-    # Laws of the models that have some, from the job that derives them.
-    laws: dict[str, list[byte_model.Law]] = dataclasses.field(default_factory=dict)
+    # Op -> what its kernels move, for those that were metered.
+    laws: dict[str, Any] = dataclasses.field(default_factory=dict)
     progress: Callable[[float], None] = lambda share: None
 
 
@@ -76,63 +89,100 @@ class Job:
     fixed_s: float = 0.0
 
 
-def host_timer(device: str) -> Timer:
-    """Seconds as the caller of the library sees them, launches included."""
-    return CpuTimer(synchronize=torch.cuda.synchronize if device == "cuda" else None)
+def default_shape(op: str, device: str) -> str:
+    """The name of the shape that is measured where none is asked for: of those for a GPU the first on one, where there is
+    one."""
+    names = list(OPS[op].shapes)
+    return (
+        next((name for name in names if name.startswith("h200-")), names[0]) if device == "cuda" else names[0]
+    )
+
+
+def default_passes(op: str) -> str:
+    """Forward and backward, or the step."""
+    return STEP if STEP in OPS[op].passes else BOTH
 
 
 def compare(
-    context: Context,
-    section: str,
     case: Case,
-    a: Provider,
-    b: Provider,
-    share: float,
-    timer: Timer | None = None,
-) -> Iterator[Row]:
-    """Verifies both providers and times `a` against `b`; a wrong one is reported and not timed."""
-    calls = []
-    for provider in (a, b):
-        right, call = verify(case, provider, context.device, context.seed)
-        if not right.right:
-            yield wrong_row(section, case.title, provider.name, right.detail)
+    rivals: Rivals,
+    *,
+    ours: str = "dlgpu",
+    section: str = "ops",
+    timer: tuple[Timer, str, str] | None = None,
+    extras: bool = True,
+    weight: float = 1.0,
+) -> Job:
+    """The job that verifies all on a case and times `ours` against each of the rivals."""
+
+    def rows(context: Context, share: float) -> Iterator[Row]:
+        if reason := too_large(case):
+            yield {"section": section, "kind": "skipped", "title": case.title, "reason": reason}
             return
-        calls.append(call)
-    yield time_calls(context, section, case, (a, b), calls, share, timer)
+        libraries = {name: function(case.described, name) for name in (ours, *rivals)}
+        chosen, timer_name, cache = timer or timer_for(case.device)
+        try:
+            for row in measure(
+                case,
+                libraries,
+                section=section,
+                stop=Stop(budget_s=share),
+                timer=chosen,
+                timer_name=timer_name,
+                cache=cache,
+                seed=context.seed,
+                best=limits(context.rows),
+                extras=extras,
+                progress=context.progress,
+                **(counted(case, context.laws.get(case.op)) if ours == "dlgpu" else {}),
+            ):
+                if row.get("b") in BOUNDS:
+                    row["note"] = "against its products alone"
+                yield row
+        except torch.OutOfMemoryError:
+            reason = "the GPU has not the memory to hold it to float64"
+            yield {"section": section, "kind": "skipped", "title": case.title, "reason": reason}
+        finally:
+            if case.device == "cuda":
+                # Not left to the next job, which may need the memory.
+                torch.cuda.empty_cache()
+
+    return Job(section, case.title, rows, weight=weight, fixed_s=0.3 if case.device == "cpu" else 5.0)
 
 
-def time_calls(
-    context: Context,
-    section: str,
-    case: Case,
-    providers: tuple[Provider, Provider],
-    calls: Sequence[Callable[[], object]],
-    share: float,
-    timer: Timer | None = None,
-) -> Row:
-    """The timing row of two calls, the first against the second."""
-    others = Others()
-    result = paired(
-        *calls,
-        stop=Stop(budget_s=share),
-        timer=timer or host_timer(context.device),
-        seed=context.seed,
-        progress=lambda pairs, part: context.progress(part),
-    )
-    a, b = providers
-    return timing_row(section, case, a.name, b.name, context.device, result, others.cores())
+def too_large(case: Case) -> str | None:
+    """Why a case would not fit into this machine's memory, as far as it can be told. On a GPU trying it does no harm."""
+    available = _available_bytes()
+    if case.device != "cpu" or available is None:
+        return None
+    meta = dataclasses.replace(case, device="meta")
+    bound = meta.bind(meta.described.functions["eager"], 0) if case.passes == STEP else None
+    if bound is None:
+        meta = dataclasses.replace(meta, passes=FORWARD)
+        bound = meta.bind(meta.described.functions["eager"], 0)
+        numel = sum(x.numel() for x in [*bound.tensors(), *bound()])
+    else:
+        # Gradients and states too.
+        numel = 4 * sum(x.numel() for x in bound.tensors())
+    needed = VERIFIED_BYTES * numel
+    if needed <= available:
+        return None
+    return f"it would take about {needed / 1e9:.0f} GB of memory to hold it to float64, and {available / 1e9:.0f} are free"
 
 
-def wrong_row(section: str, title: str, provider: str, detail: str) -> Row:
-    """The row of a provider whose results were wrong, and so was not timed."""
-    return {"section": section, "kind": "wrong", "title": title, "provider": provider, "detail": detail}
+def _available_bytes() -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    return None
 
 
 def _train(context: Context, share: float) -> Iterator[Row]:
     data = digits.load()
-    a, b = (
-        digits.Trainer(PROVIDERS[name], data, context.seed, context.device) for name in ("dlgpu", "torch")
-    )
+    a, b = (digits.Trainer(name, data, context.seed, context.device) for name in ("dlgpu", "eager"))
     context.console.line(f"  {len(data.train_x)} digits to learn from, {len(data.test_x)} held out")
 
     until = time.monotonic() + TRAINING_SHARE * share
@@ -148,7 +198,7 @@ def _train(context: Context, share: float) -> Iterator[Row]:
         "section": "digits",
         "kind": "training",
         "a": "dlgpu",
-        "b": "torch",
+        "b": "eager",
         "epochs": done.epochs,
         "batch": digits.BATCH,
         "seed": context.seed,
@@ -156,13 +206,13 @@ def _train(context: Context, share: float) -> Iterator[Row]:
         **{name: list(getattr(done, name)) for name in ("losses_a", "losses_b")},
         **{name: getattr(done, name) for name in ("accuracy_a", "accuracy_b")},
     }
-    exact = digits.Trainer(PROVIDERS["torch"], data, context.seed, context.device, torch.float64)
+    exact = digits.Trainer("eager", data, context.seed, context.device, torch.float64)
     curve = list(digits.losses(exact, CURVE_STEPS, context.seed))
     yield {
         "section": "digits",
         "kind": "float64",
         "a": "dlgpu",
-        "b": "torch",
+        "b": "eager",
         "steps": CURVE_STEPS,
         "distance_a": largest_difference(curve, done.losses_a),
         "distance_b": largest_difference(curve, done.losses_b),
@@ -188,10 +238,6 @@ def _interpreted_training(context: Context, share: float) -> Iterator[Row]:
     for step, result in enumerate(interpreted.run("digits", str(KERNEL_STEPS), str(context.seed))):
         found.append(result["loss"])
         context.progress((step + 1) / KERNEL_STEPS)
-        context.console.line(
-            f"  step {step + 1:>2}: loss {result['loss']:.6f} the kernels, interpreted; "
-            f"{training['losses_a'][step]:.6f} dlgpu, {training['losses_b'][step]:.6f} torch"
-        )
     yield {
         "section": "digits",
         "kind": "kernels",
@@ -204,99 +250,172 @@ def _time_training(context: Context, share: float) -> Iterator[Row]:
     """A step of each on the same real batches, over and over."""
     data = digits.load()
     calls = []
-    for name in ("dlgpu", "torch"):
-        trainer = digits.Trainer(PROVIDERS[name], data, context.seed, context.device)
+    for name in ("dlgpu", "eager"):
+        trainer = digits.Trainer(name, data, context.seed, context.device)
         order = digits.batches(len(data.train_x), 1, context.seed)
         rows = itertools.cycle([trainer.rows(index) for index in order if len(index) == digits.BATCH])
         calls.append(lambda trainer=trainer, rows=rows: trainer.step(*next(rows)))
-    case = dataclasses.replace(training_step(digits.SIZES, digits.BATCH), note="digits")
-    yield time_calls(context, "digits", case, (PROVIDERS["dlgpu"], PROVIDERS["torch"]), calls, share)
+    op = OPS["training_step"]
+    case = Case(op, op.shapes["digits"], STEP, device=context.device, note="real digits")
+    others = Others()
+    # As the caller sees it, launches included.
+    timer, timer_name, cache = timer_for(
+        context.device, "host", "hot" if context.device == "cuda" else "host"
+    )
+    result = paired(
+        *calls,
+        stop=Stop(budget_s=share),
+        timer=timer,
+        seed=context.seed,
+        progress=lambda pairs, part: context.progress(part),
+    )
+    more = {"timer": timer_name, "cache": cache}
+    yield timing_row("digits", case, "dlgpu", "eager", context.device, result, others.cores(), **more)
 
 
 def _digits_jobs() -> list[Job]:
+    kernels = "the kernels on the digits, in Triton's interpreter"
     return [
         Job("digits", "training on the digits", _train, fixed_s=4),
-        Job("digits", "the kernels on the digits, in Triton's interpreter", _interpreted_training, fixed_s=9),
         Job("digits", "a training step on the digits", _time_training, weight=1),
+        Job("digits", kernels, _interpreted_training, fixed_s=12),
     ]
 
 
-def cpu_cases() -> list[tuple[Case, float]]:
-    """What is compared on a CPU, each with the weight of its budget."""
-    return [
-        *((linear(256, 512, 784, name), 0.7) for name in ACTIVATIONS),
-        *((linear(1024, 1024, 1024, name), 1.2) for name in ("relu", "gelu")),
-        (cross_entropy(1024, 1000), 0.7),
-        (cross_entropy(64, 128256), 1.2),
-        (adam([(4_000_000,)], note="one tensor"), 0.7),
-        (adam(mlp_shapes(digits.SIZES), note="digits network"), 0.7),
-        (training_step((64, 256, 256, 10), 64), 1),
-        (training_step((784, 512, 512, 10), 256), 1.5),
-        (training_step((1024, 1024, 1024, 1000), 1024), 2.5),
-    ]
+def _ceilings(context: Context, share: float) -> Iterator[Row]:
+    each = 0.3 if context.device == "cpu" else 1.0
+    others = Others()
+    for row in ceilings.ceilings(context.device, each, section="ceilings"):
+        cores, others = others.cores(), Others()
+        yield {**row, "others": cores, "crowded": crowded(cores)}
+
+
+def limits(rows: Sequence[Row]) -> dict[str, float]:
+    """What times are held to: the ceilings that were measured undisturbed."""
+    found = ceilings.best(row for row in rows if not row.get("crowded"))
+    copies = [found[name] for name in (ceilings.COPY, ceilings.CACHED_COPY) if name in found]
+    if len(copies) == 1:
+        # Without both there is no telling how fast a copy can be.
+        found = {name: value for name, value in found.items() if value not in copies}
+    elif copies:
+        found[ceilings.CACHED_COPY] = max(copies)
+    return found
+
+
+# What the quick suite says of a GPU that is not here: an op of each kind, since metering them all takes a minute.
+_MODELLED = ("linear", "cross_entropy", "batch_norm", "adam")
+
+
+def _model(context: Context, share: float) -> Iterator[Row]:
+    from . import gpus, model
+
+    settings = model.Settings(inductor=False, crossover=None)
+    for done, row in enumerate(model.rows(_MODELLED, [gpus.find("h200")], settings)):
+        context.progress((done + 1) / len(_MODELLED))
+        yield row
+
+
+def metering(ops: Sequence[str]) -> Job:
+    """The job that lets the rows after it say how many bytes the kernels move."""
+
+    def rows(context: Context, share: float) -> Iterator[Row]:
+        from .model import laws_of
+
+        for done, (name, laws) in enumerate(laws_of(ops)):
+            context.progress((done + 1) / len(ops))
+            if isinstance(laws, str):
+                yield {"section": "gpu", "kind": "skipped", "title": f"bytes of {name}", "reason": laws}
+            else:
+                context.laws[name] = laws
+
+    return Job("gpu", "metering the kernels in Triton's interpreter", rows, fixed_s=40)
+
+
+def counted(case: Case, laws: Any, limits: Any = None) -> Row:
+    """What a timing row says of the bytes: those that ours must move, and torch's operations one by one.
+
+    Args:
+        laws: of the op; None says nothing.
+        limits: of the device (`_triton.device_limits`); of this one if None.
+    """
+    from dlgpu.kernels import _triton
+
+    from .launches import Record, dry_run
+    from .laws import LawError
+    from .unfused import operations
+
+    if laws is None:
+        return {}
+    meta = dataclasses.replace(case, device="meta")
+    limits = limits or _triton.device_limits(torch.device("cuda", torch.cuda.current_device()))
+    warm = case.passes == STEP
+
+    def bound(library: str) -> Callable[[], Any]:
+        return lambda: meta.bind(case.described.functions[library], 0)
+
+    try:
+        ours = dry_run(bound("dlgpu"), limits, warm=warm)
+        nbytes = sum(
+            laws(step).compulsory if isinstance(step, Record) else step.read + step.written for step in ours
+        )
+    except LawError:
+        return {}
+    theirs = operations(bound("eager"), warm=warm)
+    return {
+        "compulsory_bytes": nbytes,
+        "unfused_bytes": sum(row.read + row.written for row in theirs),
+        "launches_a": len(ours),
+    }
+
+
+# Name of the op -> further shapes that the quick suite measures on a CPU, and the weights of all its shapes' budgets.
+_CPU_MORE: Mapping[str, tuple[str, ...]] = {
+    "cross_entropy": ("vocabulary",),
+    "adam": ("digits",),
+    "training_step": ("mlp",),
+}
 
 
 def _op_jobs() -> list[Job]:
-    def job(case: Case, weight: float) -> Job:
-        a, b = PROVIDERS["dlgpu"], PROVIDERS["torch"]
-        return Job(
-            "ops", case.title, lambda context, share: compare(context, "ops", case, a, b, share), weight
-        )
-
-    return [job(case, weight) for case, weight in cpu_cases()]
-
-
-def _count(context: Context, share: float) -> Iterator[Row]:
-    headlines = byte_model.headlines()
-    for done, result in enumerate(interpreted.run("bytes", *(h.model for h in headlines))):
-        headline = headlines[done]
-        context.progress((done + 1) / len(headlines))
-        model = byte_model.MODELS[headline.model]
-        if "error" in result:
-            title = f"{model.op} {model.passes}"
-            yield {"section": "bytes", "kind": "error", "title": title, "message": result["error"]}
-            continue
-        laws = [byte_model.Law(**law) for law in result["laws"]]
-        context.laws[headline.model] = laws
-        yield {
-            "section": "bytes",
-            "kind": "count",
-            "op": model.op,
-            "passes": model.passes,
-            "shape": dict(headline.shape),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "launches": sum(law.quantity == "compulsory" for law in laws),
-            "compulsory_bytes": byte_model.total(model, laws, headline.shape),
-            "requested_bytes": byte_model.total(model, laws, headline.shape, "requested"),
-            "unfused_bytes": headline.unfused(),
-            "laws": result["laws"],
-            "fitted_on": [dict(shape) for shape in model.fitted_on],
-            "held_out": [dict(shape) for shape in model.held_out],
-        }
+    return [
+        compare(Case(op, op.shapes[shape], default_passes(op.name)), ("eager",), extras=False)
+        for op in OPS.values()
+        for shape in (default_shape(op.name, "cpu"), *_CPU_MORE.get(op.name, ()))
+    ]
 
 
 def plan(device: str, only: tuple[str, ...] = ()) -> list[Job]:
     """The jobs for a device, those of `only` if it names sections."""
-    counting = Job("bytes", "metering the kernels in Triton's interpreter", _count, fixed_s=11)
+    measured = Job("ceilings", "what this machine reaches", _ceilings, fixed_s=4 if device == "cpu" else 10)
+    jobs = [measured, *_digits_jobs()]
     if device == "cuda":
-        from .gpu import gpu_jobs
+        from .gpu import target_jobs
 
-        # The counts first: they turn times into bandwidths.
-        jobs = [*_digits_jobs(), counting, *gpu_jobs()]
+        jobs += target_jobs()
     else:
-        jobs = [*_digits_jobs(), *_op_jobs(), counting]
+        jobs += [*_op_jobs(), Job("model", "what a GPU could do at most", _model, fixed_s=25)]
     return [job for job in jobs if not only or job.section in only]
 
 
-def run(jobs: list[Job], context: Context, results: Results, budget_s: float, debug: bool = False) -> None:
-    """Runs the jobs until the budget is spent, showing and saving each row as it is made.
+def run(
+    jobs: list[Job],
+    context: Context,
+    results: Results,
+    budget_s: float,
+    debug: bool = False,
+    most_s: float | None = None,
+) -> None:
+    """Runs the jobs until the budget is spent, showing and saving each row as it is made; a job that takes timings has
+    `most_s` at most.
 
     What an unexpected error stops is that job: it becomes a row.
     """
     clock = time.monotonic
     start, section = clock(), ""
+    late: list[str] = []
     for i, job in enumerate(jobs):
         if job.section != section:
+            _say_late(context.console, late)
             section = job.section
             context.console.section(section, _main_kind(section))
         left = budget_s - (clock() - start)
@@ -304,6 +423,8 @@ def run(jobs: list[Job], context: Context, results: Results, budget_s: float, de
         # Under a short budget the fixed parts at the end are what is left out.
         for_timing = max(left - sum(other.fixed_s for other in rest), TIMING_SHARE * left)
         share = for_timing * job.weight / sum(other.weight for other in rest) if job.weight else left
+        if job.weight and most_s:
+            share = min(share, most_s)
 
         def progress(part: float, i: int = i, job: Job = job) -> None:
             context.console.status(f"{i + 1}/{len(jobs)} {job.title}", (i + part) / len(jobs))
@@ -312,38 +433,110 @@ def run(jobs: list[Job], context: Context, results: Results, budget_s: float, de
         progress(0.0)
         for row in _rows(job, context, left, share, debug):
             results.add(row)
-            context.console.row(row)
+            if row.get("reason") == LATE:
+                late.append(job.title)
+            else:
+                context.console.row(row)
+    _say_late(context.console, late)
+
+
+def _say_late(console: Console, late: list[str]) -> None:
+    """In a line what there was no time for."""
+    if late:
+        more = f" and {len(late) - 1} more" if len(late) > 1 else ""
+        console.line(f"  skipped: {late[0]}{more}: {LATE}")
+        late.clear()
 
 
 def _rows(job: Job, context: Context, left: float, share: float, debug: bool) -> Iterator[Row]:
     about = {"section": job.section, "title": job.title}
     if left <= 0 or share < LEAST_SHARE_S:
-        yield {**about, "kind": "skipped", "reason": "the time budget is spent (--budget)"}
+        yield {**about, "kind": "skipped", "reason": LATE}
         return
     try:
         yield from job.run(context, share)
     except ImportError as error:
         yield {**about, "kind": "skipped", "reason": f"{error.name or error} is not installed"}
+    except NotOffered as error:
+        yield {**about, "kind": "skipped", "reason": str(error)}
     except Exception as error:
         if debug:
             raise
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        yield {**about, "kind": "error", "message": f"{type(error).__name__}: {first_line}"[:500]}
+        yield {**about, "kind": "error", "message": one_line(error)}
 
 
 def _main_kind(section: str) -> str | None:
-    return {"ops": "timing", "gpu": "timing", "bytes": "count", "ceilings": "ceiling"}.get(section)
+    kinds = {"ops": "timing", "gpu": "timing", "run": "timing", "model": "model", "ceilings": "ceiling"}
+    return kinds.get(section)
 
 
-DEFAULT_BUDGET_S = 150.0
+def execute(
+    jobs: list[Job],
+    out: Path,
+    arguments: dict[str, Any],
+    environment: dict[str, Any],
+    *,
+    budget_s: float,
+    seed: int,
+    debug: bool = False,
+    before: Sequence[Row] = (),
+    most_s: float | None = None,
+) -> int:
+    """Runs jobs into a results file and onto the terminal; gives the exit status.
+
+    Args:
+        before: rows that are known already, such as who is absent.
+
+    Raises:
+        UsageError: the results cannot be written.
+    """
+    console = Console()
+    console.line(header(environment))
+    results = Results(out, arguments, environment)
+    context = Context(environment["device"], seed, console, results.rows)
+    try:
+        for row in before:
+            results.add(row)
+            console.row(row)
+        with console.progress():
+            run(jobs, context, results, budget_s, debug, most_s)
+    except KeyboardInterrupt:
+        results.finish("interrupted")
+        console.line(f"\nInterrupted: {len(results.rows)} rows are kept{_where(results)}")
+        return 130
+    except BaseException:
+        results.finish("failed")
+        raise
+    return _finish(console, results)
+
+
+def _where(results: Results) -> str:
+    return "" if results.lost else f" in {results.json_path}"
+
+
+def _finish(console: Console, results: Results) -> int:
+    kinds = {row["kind"] for row in results.rows}
+    status = 3 if kinds & {"wrong", "impossible"} else 2 if "error" in kinds else 0
+    results.finish("failed" if status else "complete")
+    if any(row.get("crowded") for row in results.rows):
+        console.line("\nOther work kept the cores busy: in rows that say so, the times are the scheduler's.")
+    if not results.lost:
+        console.line(f"\nResults: {results.json_path} and {results.markdown_path}")
+    return status
+
+
+DEFAULT_BUDGET_S = 140.0
 QUICK_BUDGET_S = 60.0
 SEED = 0
 
 
-def _options(function: Callable[..., int]) -> Callable[..., int]:
+def _options(quick: Callable[..., int]) -> Callable[..., int]:
     for option in (
         click.option(
-            "--only", multiple=True, type=click.Choice(SECTIONS), help="Only this section; may be given again."
+            "--only",
+            multiple=True,
+            type=click.Choice(SECTIONS),
+            help="Only this section; may be given again.",
         ),
         click.option("--quick", is_flag=True, help=f"The same as --budget {QUICK_BUDGET_S:.0f}."),
         click.option(
@@ -358,14 +551,18 @@ def _options(function: Callable[..., int]) -> Callable[..., int]:
             default=Path("bench-results"),
             metavar="DIR",
             show_default=True,
-            help="Where results go.",
+            help="Where results go: a folder, or a file that ends in .json.",
         ),
         click.option(
-            "--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True, help="On what."
+            "--device",
+            type=click.Choice(("auto", "cpu", "cuda")),
+            default="auto",
+            show_default=True,
+            help="On what.",
         ),
     ):
-        function = option(function)
-    return function
+        quick = option(quick)
+    return quick
 
 
 @click.command("quick")
@@ -374,8 +571,8 @@ def _options(function: Callable[..., int]) -> Callable[..., int]:
 def command(context: click.Context, **options: Any) -> int:
     """What this machine can tell in 3 minutes, then the report.
 
-    On a CPU: the NumPy fallback against torch, and the bytes that a GPU would move. On an NVIDIA GPU: the fused kernels'
-    throughput against the unfused.
+    On a CPU: every op against torch, and the bytes that a GPU would move. On an NVIDIA GPU: the fused kernels' throughput
+    against the unfused.
     """
     return _benchmark("quick", context, **options)
 
@@ -389,44 +586,29 @@ def gpu(context: click.Context, **options: Any) -> int:
 
 
 def _benchmark(
-    suite: str, click_context: click.Context, device: str, out: Path, budget: float | None, quick: bool, only: Sequence[str]
+    suite: str,
+    click_context: click.Context,
+    device: str,
+    out: Path,
+    budget: float | None,
+    quick: bool,
+    only: Sequence[str],
 ) -> int:
-    console = Console()
     found = find_gpu()
     sections = tuple(only) or (("ceilings", "gpu") if suite == "gpu" else ())
     wanted = "cuda" if suite == "gpu" and device == "auto" else device
     device, why = choose_device(wanted, found)
-    if device == "cpu" and (needs := {"ceilings", "gpu"} & set(sections)):
-        raise UsageError(
-            f"--only {sorted(needs)[0]}: that section needs an NVIDIA GPU, and the device is the CPU"
-        )
-    environment = describe(device, why, found)
-    console.line(header(environment))
+    if device == "cpu" and "gpu" in sections:
+        raise UsageError("--only gpu: that section needs an NVIDIA GPU, and the device is the CPU")
     budget_s = budget or (QUICK_BUDGET_S if quick else DEFAULT_BUDGET_S)
     arguments = {"suite": suite, "device": device, "budget_s": budget_s, "only": list(sections), "seed": SEED}
-    results = Results(out, arguments, environment)
-    context = Context(device, SEED, console, results.rows)
-    traceback = bool((click_context.obj or {}).get("traceback"))
-    try:
-        with console.progress():
-            run(plan(device, sections), context, results, budget_s, traceback)
-    except KeyboardInterrupt:
-        results.finish("interrupted")
-        console.line(f"\nInterrupted: {len(results.rows)} rows are kept in {results.json_path}")
-        return 130
-    except UsageError:
-        raise
-    except BaseException:
-        results.finish("failed")
-        raise
-    return _finish(console, results)
-
-
-def _finish(console: Console, results: Results) -> int:
-    kinds = [row["kind"] for row in results.rows]
-    status = 3 if "wrong" in kinds else 2 if "error" in kinds else 0
-    results.finish("failed" if status else "complete")
-    if any(row.get("crowded") for row in results.rows):
-        console.line("\nOther work kept the cores busy: in rows that say so, the times are the scheduler's.")
-    console.line(f"\nResults: {results.json_path} and {results.markdown_path}")
-    return status
+    return execute(
+        plan(device, sections),
+        out,
+        arguments,
+        describe(device, why, found),
+        budget_s=budget_s,
+        seed=SEED,
+        debug=bool((click_context.obj or {}).get("traceback")),
+        most_s=MOST_SHARE_S,
+    )

@@ -31,6 +31,7 @@ __all__ = [
     "markdown_table",
     "median",
     "notes",
+    "op_title",
     "plain",
     "row_title",
     "seconds",
@@ -50,11 +51,13 @@ LONGEST = 300
 # What must be seen before any number is.
 ALARMS = ("wrong", "impossible", "error")
 NOTES = {
-    "timing": "speed-up = the other's time / dlgpu's time: above 1, dlgpu is faster; median of interleaved pairs, and its 95% "
+    "timing": "speed-up = their time / ours: above 1, dlgpu is faster; median of interleaved pairs, and its 95% "
     "interval",
     "count": "a COUNT of each launch's distinct bytes, metered; not a timing: that takes a bandwidth measured on a GPU",
     "bound": "MODEL, not a timing: no launch can take less than its bytes at the bandwidth measured in this run",
-    "model": "MODEL, not a timing: what the bytes and the operations of each launch allow at most",
+    "model": "MODEL, not a timing: no launch takes less than its bytes at the memory's bandwidth or its products at the peak "
+    "rate. eager's, compiled's: bytes, times dlgpu's. Fusing pays where the gain is 5% or more, along a size from 1/64 to 64 "
+    "times what it is",
 }
 TITLES = {
     "digits": "Handwritten digits, 64-256-256-10, batch 64, the same weights and batches for all",
@@ -65,6 +68,10 @@ TITLES = {
     "model": "What a GPU could do at most",
     "ceilings": "What this machine reaches, measured now",
     "gpu": "Fused against unfused on this GPU, cold L2, results checked against float64 first",
+    "correctness": "The tests on this GPU",
+    "check": "The vendor's checkers on small cases of every kernel",
+    "tune": "Tiles measured on this GPU",
+    "profile": "Achieved rates, and the GPU's own counters beside the laws of bytes",
 }
 
 
@@ -78,6 +85,8 @@ def plain(value: object, limit: int = LONGEST) -> str:
 
 def seconds(value: float) -> str:
     """A duration for people: three digits and a unit."""
+    if value >= 1000:
+        return f"{value:.0f} s"
     for unit, scale in (("s", 1.0), ("ms", 1e-3)):
         if value >= scale:
             return f"{value / scale:.3g} {unit}"
@@ -98,12 +107,17 @@ def median(samples: Sequence[float]) -> float:
     return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
 
 
+def op_title(row: Row) -> str:
+    """The op and its options; those that are off (0, False or nothing) are not named."""
+    options = ",".join(f"{name}={value}" for name, value in (row.get("options") or {}).items() if value)
+    return plain(row["op"] + (f"[{options}]" if options else ""))
+
+
 def row_title(row: Row) -> str:
     """A row's op, options, passes, sizes and note, in a line; for a row that has none of them what it is about."""
     if "op" not in row:
         return plain(row.get("title") or row.get("name") or row.get("provider") or row["kind"])
-    options = ",".join(f"{name}={value}" for name, value in (row.get("options") or {}).items())
-    parts = [row["op"] + (f"[{options}]" if options else ""), row.get("passes", "")]
+    parts = [op_title(row), row.get("passes", "")]
     parts += [f"{name}={size}" for name, size in (row.get("shape") or {}).items()]
     note = f", {row['note']}" if row.get("note") else ""
     return plain(" ".join(filter(None, parts)) + note)
@@ -116,6 +130,10 @@ def verdict(row: Row) -> str:
 
 def sentence(row: Row) -> str:
     """A row of a kind that has no table, in a sentence."""
+    return plain(_sentence(row), 2 * LONGEST)
+
+
+def _sentence(row: Row) -> str:
     kind = row["kind"]
     if kind == "training":
         curves = [(a, b) for a, b in zip(row["losses_a"], row["losses_b"], strict=False)]
@@ -138,19 +156,25 @@ def sentence(row: Row) -> str:
         )
     if kind == "bound":
         rivals = "; ".join(f"{name} {seconds(value)}" for name, value in row["unfused_s"].items())
-        text = f"MODEL: {row_title(row)} cannot take less than {seconds(row['compulsory_s'])}; {rivals}"
-        return plain(text)
+        return f"MODEL: {row_title(row)} cannot take less than {seconds(row['compulsory_s'])}; {rivals}"
     if kind == "wrong":
-        return plain(f"{row_title(row)}: WRONG RESULT of {row['provider']}, not timed: {row['detail']}", 600)
+        return f"{row_title(row)}: WRONG RESULT of {row['provider']}, not timed: {row['detail']}"
     if kind == "impossible":
-        return plain(
-            f"{row_title(row)}: IMPOSSIBLE TIME of {row['provider']}: {row['detail'].removeprefix('impossible: ')}",
-            600,
-        )
+        return f"{row_title(row)}: IMPOSSIBLE TIME of {row['provider']}: {row['detail'].removeprefix('impossible: ')}"
+    if kind == "tests":
+        failures = [f for f in row.get("failures") or () if isinstance(f, dict)]
+        failed = "; ".join(f"{f.get('id')}: {f.get('message')}" for f in failures)
+        counts = f"{row['passed']} passed, {row['failed']} failed, {row['skipped']} skipped"
+        return f"{row_title(row)}: {counts}" + (f": {failed}" if failed else "")
+    if kind == "checker":
+        found = f"{row['errors']} errors" if row["errors"] else "no error"
+        return f"{row_title(row)}: {found}" + (f": {row['detail']}" if row.get("detail") else "")
+    if kind == "tuned":
+        return row_title(row)
     if kind == "absent":
-        return plain(f"{row['provider']} is absent" + (f": {row['reason']}" if row.get("reason") else ""))
+        return f"{row['provider']} is absent" + (f": {row['reason']}" if row.get("reason") else "")
     said = row.get("reason") or row.get("message") or row.get("detail") or ""
-    return plain(f"{row_title(row)}: {kind}" + (f": {said}" if said else ""), 600)
+    return f"{row_title(row)}: {kind}" + (f": {said}" if said else "")
 
 
 def sentences(rows: Iterable[Row]) -> list[str]:
@@ -181,6 +205,10 @@ class Column:
     right: bool = True
 
 
+def _against(row: Row) -> str:
+    return plain(row["b"] if row["a"] == "dlgpu" else f"{row['a']} vs {row['b']}", 30)
+
+
 def _speed_up(row: Row) -> str:
     return f"{1 / row['ratio']:.2f}x"
 
@@ -190,17 +218,25 @@ def _interval(row: Row) -> str:
 
 
 def _rates(row: Row) -> str:
-    found = []
-    if row.get("bytes_per_s"):
-        found.append(f"{row['bytes_per_s'] / 1e9:.3g} GB/s")
-    if row.get("flops_per_s"):
-        found.append(f"{row['flops_per_s'] / 1e12:.3g} TFLOP/s")
-    return " ".join(found)
+    rates = (row.get("bytes_per_s"), "B/s"), (row.get("flops_per_s"), "FLOP/s")
+    return " ".join(_rate(value, unit) for value, unit in rates if value)
+
+
+def _rate(value: float, unit: str) -> str:
+    if unit == "B/s":
+        return f"{bytes_text(value)}/s"
+    if unit == "FLOP/s":
+        return f"{value / 1e12:.4g} TFLOP/s" if value >= 1e11 else f"{value / 1e9:.3g} GFLOP/s"
+    return f"{value:.4g} {plain(unit, 12)}"
 
 
 def _memory(row: Row) -> str:
     a, b = row.get("peak_memory_a_bytes"), row.get("peak_memory_b_bytes")
     return "" if a is None or b is None else f"{bytes_text(a)} / {bytes_text(b)}"
+
+
+def _target(row: Row) -> str:
+    return plain(f"{row['target']}: {row.get('reached')}", 80) if row.get("target") else ""
 
 
 def _how(row: Row) -> str:
@@ -220,12 +256,13 @@ def _unfused(row: Row) -> str:
 _TIMING = (
     Column("op", lambda row: row_title(row), right=False),
     Column("dtype", lambda row: _dtype(row), 8, 4, right=False),
-    Column("against", lambda row: plain(row["b"], 20), 12, 1, right=False),
-    Column("dlgpu", lambda row: seconds(median(row["samples_a_s"])), 8, 3),
-    Column("the other", lambda row: seconds(median(row["samples_b_s"])), 9, 3),
+    Column("against", _against, 12, 1, right=False),
+    Column("ours", lambda row: seconds(median(row["samples_a_s"])), 8, 3),
+    Column("theirs", lambda row: seconds(median(row["samples_b_s"])), 8, 3),
     Column("speed-up", _speed_up, 8),
     Column("95% interval", _interval, 14, 2),
     Column("", lambda row: verdict(row), 9, right=False),
+    Column("target", lambda row: _target(row), 24, 2, right=False),
     Column("pairs", lambda row: str(row["pairs"]), 5, 6),
     Column("rates", _rates, 24, 5, right=False),
     Column("peak memory", _memory, 19, 7),
@@ -238,9 +275,44 @@ _COUNT = (
 )
 _CEILING = (
     Column("what", lambda row: plain(row["name"]), right=False),
-    Column("measured", lambda row: f"{row['value']:.4g} {plain(row['unit'], 12)}", 18),
+    Column("measured", lambda row: _rate(row["value"], row["unit"]), 16),
 )
-_TABLES = {"timing": _TIMING, "count": _COUNT, "ceiling": _CEILING}
+
+
+def _model_title(row: Row) -> str:
+    options = {name: value for name, value in (row.get("options") or {}).items() if value}
+    return "MODEL " + row_title({**row, "options": options})
+
+
+def _times_as_many(row: Row, name: str) -> str:
+    ours, other = row.get("compulsory_bytes"), (row.get("unfused_bytes") or {}).get(name)
+    return f"{other / ours:.2f}x" if ours and other is not None else ""
+
+
+def _model_seconds(row: Row, name: str | None = None) -> str:
+    value = row.get("bound_s") if name is None else (row.get("unfused_bound_s") or {}).get(name)
+    return "" if value is None else f">= {seconds(value)}"
+
+
+def _pays(row: Row) -> str:
+    """Where along one size the gain is worth having."""
+    crossover = row.get("crossover") or {}
+    return plain(crossover.get("pays_short") or "", 22)
+
+
+_MODEL = (
+    Column("MODEL of", _model_title, right=False),
+    Column("dtype", lambda row: _dtype(row), 8, 6, right=False),
+    Column("GPU", lambda row: plain(row.get("gpu") or "", 16), 14, right=False),
+    Column("bytes", lambda row: bytes_text(row.get("compulsory_bytes") or 0), 8, 2),
+    Column("eager's", lambda row: _times_as_many(row, "torch eager"), 7, 3),
+    Column("compiled's", lambda row: _times_as_many(row, "torch.compile"), 10, 4),
+    Column("dlgpu", lambda row: _model_seconds(row), 10),
+    Column("eager", lambda row: _model_seconds(row, "torch eager"), 10),
+    Column("gain <=", lambda row: f"{row['gain']:.2f}x" if row.get("gain") else "", 7),
+    Column("fusing pays", _pays, 15, 1, right=False),
+)
+_TABLES = {"timing": _TIMING, "count": _COUNT, "ceiling": _CEILING, "model": _MODEL}
 
 
 def _dtype(row: Row) -> str:
@@ -249,7 +321,20 @@ def _dtype(row: Row) -> str:
 
 def _generic(rows: Sequence[Row]) -> tuple[Column, ...]:
     """A column for each number or text of a kind of rows that has no table of its own."""
-    hidden = {"kind", "section", "at_s", "op", "options", "passes", "shape", "note", "title", "name"}
+    hidden = {
+        "kind",
+        "section",
+        "at_s",
+        "op",
+        "options",
+        "passes",
+        "shape",
+        "note",
+        "title",
+        "name",
+        "stage",
+        "piece",
+    }
     keys = dict.fromkeys(
         key
         for row in rows
@@ -270,7 +355,7 @@ def _generic(rows: Sequence[Row]) -> tuple[Column, ...]:
 def _scalar(key: str, value: Any) -> str:
     if value is None or isinstance(value, (list, dict)):
         return ""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300:
         if key.endswith("_per_s"):
             return f"{value:.4g}"
         if key.endswith("_bytes") or key == "bytes":
@@ -284,6 +369,7 @@ def _scalar(key: str, value: Any) -> str:
 # Kinds shown as sentences.
 _SENTENCES = {
     *("training", "kernels", "float64", "bound", "absent", "wrong", "impossible", "skipped", "error"),
+    *("tests", "checker", "tuned"),
 }
 
 
@@ -304,6 +390,8 @@ def alarms(document: Row) -> list[str]:
         found.append(f"Status: {plain(document['status'])}. Rows up to here are whole.")
     for kind in ALARMS:
         found += [sentence(row) for row in document["rows"] if row["kind"] == kind]
+    # Of tests and of checkers.
+    found += [sentence(row) for row in document["rows"] if row.get("failed") or row.get("errors")]
     if crowded := sum(bool(row.get("crowded")) for row in document["rows"]):
         found.append(f"{crowded} timings were taken while other work kept the cores busy: they say little.")
     return found
@@ -482,8 +570,11 @@ def fitting(kind: str, table: Sequence[Column], width: int, title: int = 44) -> 
     Those of a kind's own table always, whatever the row says, so that rows shown one by one keep their columns.
     """
     wanted = list(_TABLES.get(kind, table))
-    while len(wanted) > 2 and title + sum(column.width + 2 for column in wanted[1:]) > width:
-        wanted.remove(max(wanted[1:], key=lambda column: column.rank))
+    while title + sum(column.width + 2 for column in wanted[1:]) > width:
+        last = max(wanted[1:], key=lambda column: column.rank, default=None)
+        if last is None or not last.rank:
+            break
+        wanted.remove(last)
     return tuple(wanted)
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "cpu_cache_bytes",
     "cpu_flusher",
     "gpu_flusher",
+    "sees_waiting",
     "timer_for",
 ]
 
@@ -129,6 +130,11 @@ def _run_queue_wait() -> float | None:
     except (OSError, ValueError, IndexError):
         return None
     return total / 1e9
+
+
+def sees_waiting() -> bool:
+    """Whether `CpuWatch` can see anything here."""
+    return _run_queue_wait() is not None
 
 
 class GpuWatch:

@@ -7,13 +7,17 @@ any size takes milliseconds and no GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch.optim import optimizer as optimizers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 # From an operation's arguments by name, and its result: how many bytes of an argument it reads and writes,
 # where that is not all of them.
@@ -22,11 +26,12 @@ Rule = Callable[[Mapping[str, Any], Any], tuple[Sizes, Sizes]]
 
 
 class Row(NamedTuple):
-    """One operation and its compulsory bytes."""
+    """One operation, its compulsory bytes, and the floating-point operations of a product."""
 
     op: str
     read: int
     written: int
+    flops: int = 0
 
 
 def distinct_bytes(tensor: torch.Tensor) -> int:
@@ -88,6 +93,10 @@ _RULES: dict[str, Rule] = {
 }
 # These, their foreach forms, and what makes a tensor like another.
 _OVERWRITING = {"copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "bernoulli_", "exponential_"}
+# Operations that torch has no meta form of: the result, from the arguments.
+_WITHOUT_META = {
+    torch.ops.aten.multi_margin_loss_backward.default: lambda grad, self, *rest: torch.empty_like(self),
+}
 # Views are free too, and say so themselves.
 _FREE = {
     "empty",
@@ -107,6 +116,16 @@ def _rule(op: str) -> Rule | None:
     if op.removeprefix("_foreach_") in _OVERWRITING or op.startswith("new_") or op.endswith("_like"):
         return _overwrites_self
     return _RULES.get(op)
+
+
+def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+    """Two for each element of a result and each of the sums that it is."""
+    packet = func.overloadpacket
+    if packet.__name__ in ("matmul", "linear"):
+        # Composite ones, which are seen whole below autograd.
+        return 2 * int(out.numel()) * int(args[0].shape[-1])
+    count = flop_registry.get(packet)
+    return int(count(*args, **kwargs, out_val=out)) if count else 0
 
 
 class ByteCounter(TorchDispatchMode):
@@ -131,9 +150,9 @@ class ByteCounter(TorchDispatchMode):
     def by_op(self) -> dict[str, tuple[int, int]]:
         """Bytes read and written, by operation, in order of first use."""
         sums: dict[str, tuple[int, int]] = {}
-        for op, read, written in self.rows:
-            before = sums.get(op, (0, 0))
-            sums[op] = (before[0] + read, before[1] + written)
+        for row in self.rows:
+            before = sums.get(row.op, (0, 0))
+            sums[row.op] = (before[0] + row.read, before[1] + row.written)
         return sums
 
     def __torch_dispatch__(
@@ -141,11 +160,11 @@ class ByteCounter(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         # The result of an in-place operation is its argument: sizes are taken after it, and are the same.
-        out = func(*args, **kwargs)
+        out = _WITHOUT_META[func](*args) if func in _WITHOUT_META else func(*args, **kwargs)
         if not func.is_view and func.overloadpacket.__name__ not in _FREE:
             read, written = self._traffic(func, args, kwargs, out)
             if read or written:
-                self.add(Row(str(func), read, written))
+                self.add(Row(str(func), read, written, _flops(func, args, kwargs, out)))
         return out
 
     def add(self, row: Row) -> None:
@@ -187,6 +206,65 @@ class ByteCounter(TorchDispatchMode):
             for tensor in self._tensors(value)
         )
         return sum(read.values()), sum(written.values()) + created
+
+
+class _RmsNorm(torch.autograd.Function):
+    """RMS norm as torch has it on a GPU, a launch each way. On meta tensors it would be made of single operations."""
+
+    @staticmethod
+    def forward(ctx: Any, counter: ByteCounter, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        y = torch.empty_like(x)
+        # Of each row the reciprocal of its root mean square is kept, in float32.
+        kept = 4 * x[..., 0].numel()
+        given = [t for t in (x, weight) if t is not None]
+        counter.add(
+            Row("aten._fused_rms_norm.default", sum(map(distinct_bytes, given)), distinct_bytes(y) + kept)
+        )
+        ctx.counter, ctx.kept, ctx.weighted = counter, kept, weight is not None
+        ctx.save_for_backward(*given)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        given = ctx.saved_tensors
+        read = distinct_bytes(grads[0]) + sum(map(distinct_bytes, given)) + ctx.kept
+        written = [torch.empty_like(t) for t in given]
+        row = Row("aten._fused_rms_norm_backward.default", read, sum(map(distinct_bytes, written)))
+        ctx.counter.add(row)
+        return None, written[0], written[1] if ctx.weighted else None
+
+
+@contextlib.contextmanager
+def _as_on_a_gpu(counter: ByteCounter) -> Iterator[None]:
+    """torch chooses for meta tensors as for CUDA ones: optimizers their foreach forms, RMS norm its own kernels."""
+    supported = optimizers._get_foreach_kernels_supported_devices
+    devices = [*supported(), "meta"]
+
+    def rms_norm(x: Any, shape: Any, weight: Any = None, eps: Any = None) -> Any:
+        return _RmsNorm.apply(counter, x, weight)
+
+    with (
+        mock.patch.object(optimizers, "_get_foreach_kernels_supported_devices", return_value=devices),
+        mock.patch.object(torch, "rms_norm", rms_norm),
+    ):
+        yield
+
+
+def operations(bind: Callable[[], Callable[[], object]], warm: bool = False) -> list[Row]:
+    """The operations of the call that `bind` makes on meta tensors, in order, as on a GPU; what `bind` does is left out.
+
+    Args:
+        warm: leave out a first call too, in which an optimizer makes its states.
+    """
+    counter = ByteCounter("meta")
+    with _as_on_a_gpu(counter):
+        function = bind()
+        if warm:
+            function()
+        counter.rows.clear()
+        with counter:
+            function()
+    return counter.rows
 
 
 def linear_activation(

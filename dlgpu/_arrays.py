@@ -59,6 +59,9 @@ def takes_arrays(function: _Function) -> _Function:
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
+        # The usual case, at once: 0.3 us.
+        if args and type(args[0]) is torch.Tensor:
+            return function(*args, **kwargs)
         leading = args[0] if args else kwargs.get(first)
         if isinstance(leading, torch.Tensor):
             return function(*args, **kwargs)

@@ -160,8 +160,8 @@ def define(
     *,
     triton: Callable[..., Any],
     fallback: Callable[..., Any],
-    eager: Callable[..., Any],
     fake: Callable[..., Any],
+    eager: Callable[..., Any] | None = None,
     autograd: Callable[..., Any] | None = None,
     autocast: Callable[..., Any] | None = None,
     tags: Sequence[torch.Tag] = (),
@@ -170,16 +170,17 @@ def define(
 
     Args:
         schema: as torch's Library takes it; the last argument must be `str backend`.
-        triton, fallback, eager: implementations on tensors, without the argument `backend`; `eager` is torch's own, from
-            differentiable operations. It also serves torch.func's transforms and forward-mode differentiation, whatever the
-            backend: torch has a rule for each of its operations, of any order and nesting, and a kernel has none.
+        triton, fallback: implementations on tensors, without the argument `backend`.
         fake: shapes and dtypes for tracing, with all arguments.
-        autograd: what to run at the Autograd key, with all arguments; it ends in `Op.below`.
+        eager: likewise torch's own, from differentiable operations. It is the backend "torch", and serves torch.func's
+            transforms and forward-mode differentiation, whatever the backend: torch has a rule for each of its operations,
+            of any order and nesting, and a kernel has none. None for the ops that other ops' autograd consists of.
+        autograd: what to run at the Autograd key, with all arguments; it ends in `Op.below`. None as for `eager`.
         autocast: maps (all arguments, the autocast dtype) to cast arguments; None leaves autocast without effect.
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=tuple(tags))
-    table = {"triton": triton, "fallback": fallback, "torch": eager}
+    table = {"triton": triton, "fallback": fallback}
 
     def run(*args: Any) -> Any:
         return table[args[-1]](*args[:-1])
@@ -188,9 +189,10 @@ def define(
     _library.impl(name, run, "CUDA")
     register_fake(f"dlgpu::{name}", fake, lib=_library)
     op = getattr(torch.ops.dlgpu, name).default
-    if autograd is not None:
+    if eager is not None and autograd is not None:
+        table["torch"] = eager
         _library.impl(name, _unless_transformed(autograd, eager), "Autograd")
-    _library.impl(name, lambda *args: eager(*args[:-1]), "FuncTorchBatched")
+        _library.impl(name, lambda *args: eager(*args[:-1]), "FuncTorchBatched")
     if autocast is not None:
         for device in ("CPU", "CUDA"):
             _library.impl(name, _autocast_kernel(op, autocast, device), f"Autocast{device}")

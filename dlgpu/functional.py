@@ -15,42 +15,25 @@ import torch
 
 from dlgpu._arrays import takes_arrays
 from dlgpu.ops.activations import activation as _activation
-from dlgpu.ops.batch_norm import batch_norm as _batch_norm
-from dlgpu.ops.cross_entropy import cross_entropy as _cross_entropy
-from dlgpu.ops.dropout import dropout as _dropout
-from dlgpu.ops.gated import gated_linear as _gated_linear
-from dlgpu.ops.layer_norm import layer_norm as _layer_norm
-from dlgpu.ops.layer_norm import rms_norm as _rms_norm
-from dlgpu.ops.linear import linear as _linear
-from dlgpu.ops.linear_cross_entropy import linear_cross_entropy as _linear_cross_entropy
+from dlgpu.ops.batch_norm import batch_norm
+from dlgpu.ops.cross_entropy import cross_entropy
+from dlgpu.ops.dropout import dropout
+from dlgpu.ops.gated import gated_linear
+from dlgpu.ops.layer_norm import layer_norm, rms_norm
+from dlgpu.ops.linear import linear
+from dlgpu.ops.linear_cross_entropy import linear_cross_entropy
 from dlgpu.ops.losses import (
-    binary_cross_entropy_with_logits as _binary_cross_entropy_with_logits,
+    binary_cross_entropy_with_logits,
+    hinge_loss,
+    huber_loss,
+    kl_div,
+    l1_loss,
+    mse_loss,
+    multi_margin_loss,
+    smooth_l1_loss,
 )
-from dlgpu.ops.losses import (
-    hinge_loss as _hinge_loss,
-)
-from dlgpu.ops.losses import (
-    huber_loss as _huber_loss,
-)
-from dlgpu.ops.losses import (
-    kl_div as _kl_div,
-)
-from dlgpu.ops.losses import (
-    l1_loss as _l1_loss,
-)
-from dlgpu.ops.losses import (
-    mse_loss as _mse_loss,
-)
-from dlgpu.ops.losses import (
-    multi_margin_loss as _multi_margin_loss,
-)
-from dlgpu.ops.losses import (
-    smooth_l1_loss as _smooth_l1_loss,
-)
-from dlgpu.ops.mlp import mlp as _mlp
-from dlgpu.ops.softmax import log_softmax as _log_softmax
-from dlgpu.ops.softmax import logsumexp as _logsumexp
-from dlgpu.ops.softmax import softmax as _softmax
+from dlgpu.ops.mlp import mlp
+from dlgpu.ops.softmax import log_softmax, logsumexp, softmax
 
 __all__ = [
     "batch_norm",
@@ -82,26 +65,26 @@ __all__ = [
     "tanh",
 ]
 
-batch_norm = takes_arrays(_batch_norm)
-binary_cross_entropy_with_logits = takes_arrays(_binary_cross_entropy_with_logits)
-cross_entropy = takes_arrays(_cross_entropy)
-dropout = takes_arrays(_dropout)
-gated_linear = takes_arrays(_gated_linear)
-hinge_loss = takes_arrays(_hinge_loss)
-huber_loss = takes_arrays(_huber_loss)
-kl_div = takes_arrays(_kl_div)
-l1_loss = takes_arrays(_l1_loss)
-layer_norm = takes_arrays(_layer_norm)
-linear = takes_arrays(_linear)
-linear_cross_entropy = takes_arrays(_linear_cross_entropy)
-log_softmax = takes_arrays(_log_softmax)
-logsumexp = takes_arrays(_logsumexp)
-mlp = takes_arrays(_mlp)
-mse_loss = takes_arrays(_mse_loss)
-multi_margin_loss = takes_arrays(_multi_margin_loss)
-rms_norm = takes_arrays(_rms_norm)
-smooth_l1_loss = takes_arrays(_smooth_l1_loss)
-softmax = takes_arrays(_softmax)
+batch_norm = takes_arrays(batch_norm)
+binary_cross_entropy_with_logits = takes_arrays(binary_cross_entropy_with_logits)
+cross_entropy = takes_arrays(cross_entropy)
+dropout = takes_arrays(dropout)
+gated_linear = takes_arrays(gated_linear)
+hinge_loss = takes_arrays(hinge_loss)
+huber_loss = takes_arrays(huber_loss)
+kl_div = takes_arrays(kl_div)
+l1_loss = takes_arrays(l1_loss)
+layer_norm = takes_arrays(layer_norm)
+linear = takes_arrays(linear)
+linear_cross_entropy = takes_arrays(linear_cross_entropy)
+log_softmax = takes_arrays(log_softmax)
+logsumexp = takes_arrays(logsumexp)
+mlp = takes_arrays(mlp)
+mse_loss = takes_arrays(mse_loss)
+multi_margin_loss = takes_arrays(multi_margin_loss)
+rms_norm = takes_arrays(rms_norm)
+smooth_l1_loss = takes_arrays(smooth_l1_loss)
+softmax = takes_arrays(softmax)
 
 
 @takes_arrays

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -129,11 +129,13 @@ class MLP(torch.nn.Sequential):
         out_activation: of the last layer; the same names.
         bias, device, dtype: as torch.nn.Linear, for every layer.
         negative_slope: leaky ReLU's slope for negative z.
+        dropout: the probability of each element of a hidden layer's result to be dropped, in training. A `Dropout` stands
+            after each hidden layer then, but for 0.
 
     Shape: input [..., sizes[0]], result [..., sizes[-1]].
 
     Raises:
-        ValueError: fewer than two sizes; no such activation, and the message lists them.
+        ValueError: fewer than two sizes; no such activation, and the message lists them; dropout is not between 0 and 1.
 
     >>> net = MLP([784, 256, 10], "relu")
     >>> net(torch.zeros(32, 784)).shape
@@ -152,6 +154,7 @@ class MLP(torch.nn.Sequential):
         dtype: torch.dtype | None = None,
         *,
         negative_slope: float = 0.01,
+        dropout: float = 0.0,
     ) -> None:
         lookup(activation)
         try:
@@ -167,6 +170,8 @@ class MLP(torch.nn.Sequential):
             act = out_activation if i == len(sizes) - 2 else activation
             if act is not None:
                 modules.append(Activation(act, negative_slope))
+            if dropout != 0 and i < len(sizes) - 2:
+                modules.append(Dropout(dropout))
         super().__init__(*modules)
 
     def __getitem__(self, index: Any) -> Any:
@@ -180,7 +185,7 @@ class MLP(torch.nn.Sequential):
         chain = _chain(self._modules.values())
         if chain is None:
             return super().forward(input)
-        layers, activation, out_activation, negative_slope = chain
+        layers, activation, out_activation, negative_slope, dropout = chain
         return F.mlp(
             input,
             [layer.weight for layer in layers],
@@ -188,6 +193,7 @@ class MLP(torch.nn.Sequential):
             activation=activation,
             out_activation=out_activation,
             negative_slope=negative_slope,
+            dropout=dropout,
         )
 
 
@@ -261,27 +267,36 @@ class ReGLU(_GatedUnit):
     activation = "relu"
 
 
-def _chain(modules: Iterable[Any]) -> tuple[list[Any], str | None, str | None, float] | None:
-    """(linear layers, activation, out_activation, negative_slope) of modules that are layers with activations after them,
-    the same one after all but the last; None if they are not, or a call of one would do more than its forward."""
+def _chain(modules: Iterable[Any]) -> tuple[list[Any], str | None, str | None, float, float] | None:
+    """(linear layers, activation, out_activation, negative_slope, dropout) of modules that are layers with activations and
+    dropouts after them, the same ones after all but the last, which has no dropout; None if they are not, or a call of one
+    would do more than its forward."""
     if any(_global_hooks()):
         return None
     layers: list[Any] = []
     acts: list[str | None] = []
+    # Of the layers so far; what is behind the last one counts once another layer follows.
+    drops: list[float] = []
+    dropped = False
     slopes = set()
     for module in modules:
         if _is_plain_linear(module):
+            drops += [0.0] if layers and not dropped else []
+            dropped = False
             layers.append(module)
             acts.append(None)
-        elif type(module) is Activation and _is_plain(module) and acts and acts[-1] is None:
+        elif type(module) is Dropout and _is_plain(module) and layers and not dropped:
+            drops.append(module.p if module.training else 0.0)
+            dropped = True
+        elif type(module) is Activation and _is_plain(module) and acts and acts[-1] is None and not dropped:
             acts[-1] = module.activation
             if module.activation == "leaky_relu":
                 slopes.add(module.negative_slope)
         else:
             return None
-    if not layers or len(set(acts[:-1])) > 1 or len(slopes) > 1:
+    if not layers or dropped or len(set(acts[:-1])) > 1 or len(slopes) > 1 or len(set(drops)) > 1:
         return None
-    return layers, acts[0], acts[-1], slopes.pop() if slopes else 0.01
+    return layers, acts[0], acts[-1], slopes.pop() if slopes else 0.01, drops[0] if drops else 0.0
 
 
 def _global_hooks() -> tuple[Any, ...]:
@@ -314,7 +329,8 @@ class Sequential(torch.nn.Sequential):
     """y = f_n(... f_2(f_1(x))): torch.nn.Sequential, whose arguments, submodules and state_dict these are, with runs of
     submodules computed as one:
 
-        Linear layers with activations after them, the same one after all but the last: `dlgpu.functional.mlp`
+        Linear layers with activations and dropouts after them, the same ones after all but the last:
+        `dlgpu.functional.mlp`
         BatchNorm1d with an activation after it: `dlgpu.functional.batch_norm`
 
     Layers are `Linear` and `BatchNorm1d`; activations `Activation`, and torch's modules of the same functions.
@@ -334,7 +350,7 @@ class Sequential(torch.nn.Sequential):
         """See `dlgpu.functional.mlp` and `dlgpu.functional.batch_norm`."""
         if any(_global_hooks()):
             return super().forward(input)
-        for members, layers, acts in _runs(self._modules.values()):
+        for members, layers, acts, dropout in _runs(self._modules.values()):
             if len(members) == 1:
                 input = members[0](input)
                 continue
@@ -353,6 +369,7 @@ class Sequential(torch.nn.Sequential):
                     activation=activation,
                     out_activation=out_activation,
                     negative_slope=slope,
+                    dropout=dropout or 0.0,
                 )
         return input
 
@@ -363,7 +380,7 @@ class Sequential(torch.nn.Sequential):
 
 def _fused(modules: Mapping[str, Any]) -> list[list[str]]:
     names = iter(modules)
-    runs = [[next(names) for _ in members] for members, _, _ in _runs(modules.values())]
+    runs = [[next(names) for _ in run.members] for run in _runs(modules.values())]
     return [run for run in runs if len(run) > 1]
 
 
@@ -390,34 +407,51 @@ def _activation_of(module: Any) -> tuple[str, float] | None:
     return found if _is_plain(module) else None
 
 
-def _runs(
-    modules: Iterable[Any],
-) -> list[tuple[list[Any], list[Any], list[tuple[str | None, float]]]]:
-    """[(members, layers, acts)]: all modules in order, those that are computed as one together. They are linear layers, or
-    one batch norm, and activations: (name, slope) after each of the layers, one name but for the last. Other modules are
-    alone, without layers."""
-    runs: list[tuple[list[Any], list[Any], list[tuple[str | None, float]]]] = [([], [], [])]
+class _Run(NamedTuple):
+    """Modules in a row that are computed as one: linear layers, or one batch norm, with activations and dropouts after them,
+    the same ones after all but the last, which has no dropout. Another module is alone in its run, without layers."""
+
+    members: list[Any]
+    layers: list[Any]
+    acts: list[tuple[str | None, float]]  # (name, slope), of each layer
+    dropout: float | None  # of the hidden layers' results, None where there are none
+
+
+def _runs(modules: Iterable[Any]) -> list[_Run]:
+    """All modules, in order."""
+    runs = [_Run([], [], [], None)]
     for module in modules:
-        members, layers, acts = runs[-1]
         is_layer = type(module) in (Linear, BatchNorm1d) and _is_plain(module)
         act = (module.activation, module.negative_slope) if is_layer else _activation_of(module)
         if act is None:
-            runs.append(([module], [], []))
+            runs.append(_Run([module], [], [], None))
             continue
-        if is_layer:
-            chain = type(module) is Linear and acts and type(layers[0]) is Linear
-            fits = chain and len({name for name, _ in acts}) == 1
-        else:
-            fits = acts and acts[-1][0] is None
+        fits = False
+        members, layers, acts, dropout = runs[-1]
+        between = 0.0
+        if type(module) is Linear:
+            if len(runs) > 2 and not layers and type(members[0]) is Dropout and _is_plain(members[0]):
+                # A dropout is in a run once a layer comes after it.
+                between = members[0].p if members[0].training else 0.0
+                members, layers, acts, dropout = runs[-2]
+            fits = (
+                is_layer
+                and bool(layers)
+                and type(layers[0]) is Linear
+                and len({name for name, _ in acts}) == 1
+                and dropout in (None, between)
+            )
+        elif not is_layer:
+            fits = bool(acts) and acts[-1][0] is None
         # `mlp` takes one slope.
         if not fits or len({slope for name, slope in [*acts, act] if name == "leaky_relu"}) > 1:
-            runs.append(([module], [module], [act]) if is_layer else ([module], [], []))
-            continue
-        members.append(module)
-        if is_layer:
-            layers.append(module)
-            acts.append(act)
+            runs.append(_Run([module], [module], [act], None) if is_layer else _Run([module], [], [], None))
+        elif is_layer:
+            if members is not runs[-1].members:
+                members += runs.pop().members
+            runs[-1] = _Run([*members, module], [*layers, module], [*acts, act], between)
         else:
+            members.append(module)
             acts[-1] = act
     return runs[1:]
 
@@ -494,9 +528,9 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
     on `dlgpu.functional.linear_cross_entropy`.
 
     Args:
-        in_features, num_classes, out_features, bias, device, dtype, reduction, weight, ignore_index, label_smoothing,
-            options: as torch.nn.LinearCrossEntropyLoss, whose parameters (`linear.weight` and `linear.bias`),
-            initialization and state_dict these are.
+        in_features, num_classes, out_features, bias, device, dtype: as torch.nn.LinearCrossEntropyLoss, whose parameters
+            (`linear.weight` and `linear.bias`), initialization and state_dict these are.
+        reduction, weight, ignore_index, label_smoothing, options: likewise.
         z_loss, softcap, logit_scale, memory_budget: as `dlgpu.functional.linear_cross_entropy`.
 
     Shape: input [N, in_features] or [in_features]; target [N] or [] of int64, [N, *out_features], or class probabilities;

@@ -78,6 +78,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     if 0 in grid:
         return
     meta.setdefault("enable_fp_fusion", True)
+    for a in args:
+        # The memory of such a view holds its numbers with the other sign.
+        if type(a) is torch.Tensor and a.is_neg():
+            raise RuntimeError("a tensor's negative bit is set (it is the imag of a conj): give resolve_neg() of it")
     if INTERPRETED:
         # A GPU overflows and divides by zero without a word; so does the interpreter's NumPy then.
         with _interpreter_lock, np.errstate(all="ignore"):

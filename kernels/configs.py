@@ -176,6 +176,7 @@ def linear_tile(
     aligned: bool = True,
     aligned_out: bool = True,
     k_major: bool = True,
+    dropout: bool = False,
 ) -> MatmulTile | CuBlas:
     """The tile of act(a b + bias), a [M, K] and b [K, N], or that cuBLAS multiplies.
 
@@ -187,6 +188,7 @@ def linear_tile(
         aligned: rows of a and b, as stored, start and end at multiples of 16 bytes.
         aligned_out: so do those of the result.
         k_major: a and b are stored with K contiguous.
+        dropout: the epilogue draws a mask.
     """
     rows, depth = (M, row_bucket(K)) if split else (row_bucket(M), K)
     small = rows * N * depth <= _SMALL_PRODUCT
@@ -236,12 +238,16 @@ def linear_tile(
         return -(-rows // m) * -(-N // n) * parts >= _MULTIPROCESSORS[capability]
 
     if not aligned_out:
-        warps, stages = 8 if capability >= 100 else 4, 4 if tma else 3
+        warps, stages = 8 if capability >= 100 or dropout else 4, 4 if tma else 3
         return tile(64, 64, warps, stages, 1, 2, "rows of the result not aligned: 2-byte stores by pointers")
     if rows <= 64 and (N < 128 or fills(64, 128)):
-        warps = 4 if capability in (90, 100) else 8
+        warps = 4 if capability in (90, 100) and not dropout else 8
         return tile(64, 128, warps, 4 if large_memory else 3, 1, 1, "few rows: one row of tiles")
     if N > 64 and fills(128, 128):
+        if dropout:
+            m, stages = (128, 4 if large_memory else 2) if tma else (64, 3)
+            reason = "many tiles: the mask's random numbers take the registers of larger ones"
+            return tile(m, 128, 8, stages, 2, 1, reason)
         if not tma:
             return tile(128, 128, 8, 3, 1, 1, "many tiles")
         if not large_memory:
@@ -475,7 +481,8 @@ def gated_tile(
                 "rows are no multiples of 16 bytes: 2-byte loads lose more than fusing saves (estimated)"
             )
         reason = "rows not aligned: 2-byte loads, whose addresses spill in larger tiles"
-        return MatmulTile(64, 32, 32, 8, 8, 2, reason, max_registers=max_registers)
+        # Left to itself, ptxas spills on 8.0 at 128 registers.
+        return MatmulTile(64, 32, 32, 8, 8, 2, reason, max_registers=255)
     tma = capability >= 90
     large_memory = shared_memory >= 200 * 1024
 
@@ -508,10 +515,13 @@ def gated_tile(
         n, warps, stages = (64, 8, 3) if gradient else (32, 4, 4)
         return tile(64, n, warps, stages, 1, 2, "few tiles: small ones, to fill the chip")
     if large_memory and fills(128, 128):
-        if gradient:
+        # On 10.0 the epilogue of gelu_tanh spills in it.
+        if gradient and capability < 100:
             return tile(128, 128, 8, 3, 2, 1, "many tiles: the largest whose epilogue fits the registers")
-        if K > 1024:
+        if not gradient and K > 1024:
             return tile(128, 128, 8, 4, 2, 1, "compute-bound: two accumulators of 128 x 128")
+    if gradient and capability >= 120:
+        return tile(64, 64, 8, 3, 1, 2, "128 x 64 spills with the epilogues of gelu_tanh and silu")
     return tile(128, 64, 8, 3 if shared_memory >= 99 * 1024 else 2, 1, 1, "two accumulators of 128 x 64")
 
 

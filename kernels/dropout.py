@@ -41,6 +41,21 @@ def _keep_fours(seed, counter, p, FOURS: tl.constexpr):
     return _kept(tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (4 * FOURS,)), p)
 
 
+@triton.jit
+def _keep_tile(
+    seed, start_m, start_n, N, p, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FOURS: tl.constexpr
+):
+    """Which elements of a tile [BLOCK_M, BLOCK_N] of a contiguous matrix with rows of N are kept; FOURS: N is a multiple of
+    4, so that numbers are made four at a time."""
+    rows = (start_m + tl.arange(0, BLOCK_M)).to(tl.int64)
+    if FOURS:
+        counter = rows[:, None] * (N // 4) + (start_n // 4 + tl.arange(0, BLOCK_N // 4))[None, :]
+        a, b, c, d = tl.randint4x(seed, counter, ROUNDS)
+        return _kept(tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (BLOCK_M, BLOCK_N)), p)
+    else:
+        return _keep(seed, rows[:, None] * N + (start_n + tl.arange(0, BLOCK_N))[None, :], p)
+
+
 @triton.jit(do_not_specialize=["n"])
 def _dropout_kernel(
     x_ptr,  # [n]

@@ -15,15 +15,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from . import configs, tuning
 from ._triton import _cast, _dot, descriptor, device_limits, launch, matmul_precision, tl, triton
 from .activations import activation_fwd, lookup, saved_for_backward
+from .dropout import _keep_tile, dropout_fwd
 
-__all__ = ["linear_bwd", "linear_dgrad", "linear_dz", "linear_fwd", "linear_tiles", "linear_wgrad"]
+__all__ = ["Drop", "linear_bwd", "linear_dgrad", "linear_dz", "linear_fwd", "linear_tiles", "linear_wgrad"]
 
 
 @triton.jit
@@ -93,6 +94,7 @@ def _epilogue(
     acc,
     bias_ptr,
     saved,
+    seed_ptr,
     y,
     z,
     partial_ptr,
@@ -103,12 +105,16 @@ def _epilogue(
     M,
     N,
     slope,
+    p,
+    scale,
+    unscale,
     ACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TMA: tl.constexpr,
     WIDE: tl.constexpr,
     SPLIT: tl.constexpr,
+    FOURS: tl.constexpr,
 ):
     """What becomes of one tile of a b: bias, z, the activation (or a gradient, given what is saved), column sums, y."""
     cols = start_n + tl.arange(0, BLOCK_N)
@@ -118,9 +124,17 @@ def _epilogue(
         _store_tile(z, acc, start_m, start_n, M, N, BLOCK_M, BLOCK_N, TMA, WIDE)
     if saved is not None:
         kept = _load_tile(saved, start_m, start_n, M, N, BLOCK_M, BLOCK_N, TMA, WIDE)
-        acc = ACT(acc, kept.to(tl.float32), slope)
+        kept = kept.to(tl.float32)
+        if seed_ptr is not None:
+            # What is saved is y after dropout.
+            kept *= unscale
+        acc = ACT(acc, kept, slope)
     else:
         acc = ACT(acc, slope)
+    if seed_ptr is not None:
+        keep = _keep_tile(tl.load(seed_ptr), start_m, start_n, N, p, BLOCK_M, BLOCK_N, FOURS)
+        # A product, as dropout's.
+        acc *= tl.where(keep, scale, 0.0)
     if partial_ptr is not None:
         # A row beyond the last is 0 times b: NaN where b has an infinity.
         inside = (tl.arange(0, BLOCK_M) < M - start_m)[:, None]
@@ -140,6 +154,7 @@ def _linear_tma_kernel(
     b,  # descriptor of [K, N], or of [N, K] with B_T
     bias_ptr,  # [N] or None
     saved,  # descriptor or pointer of [M, N], or None: what the gradient ACT is given
+    seed_ptr,  # [1] int64 or None: of the dropout after ACT
     y,  # descriptor or pointer of [M, N]; pointer of [parts, M, N] float32 where parts > 1
     z,  # descriptor or pointer of [M, N], or None
     partial_ptr,  # [cdiv(M, BLOCK_M), N] float32 or None: column sums of each row of tiles
@@ -148,12 +163,16 @@ def _linear_tma_kernel(
     K,
     parts,
     slope,
+    p,
+    scale,
+    unscale,
     ACT: tl.constexpr,
     A_T: tl.constexpr,
     B_T: tl.constexpr,
     TMA_OUT: tl.constexpr,
     WIDE: tl.constexpr,
     SPLIT: tl.constexpr,
+    FOURS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -194,6 +213,7 @@ def _linear_tma_kernel(
                 left,
                 bias_ptr,
                 saved,
+                seed_ptr,
                 y,
                 z,
                 partial_ptr,
@@ -204,17 +224,22 @@ def _linear_tma_kernel(
                 M,
                 N,
                 slope,
+                p,
+                scale,
+                unscale,
                 ACT,
                 BLOCK_M,
                 BLOCK_N // 2,
                 TMA_OUT,
                 WIDE,
                 SPLIT,
+                FOURS,
             )
             _epilogue(
                 right,
                 bias_ptr,
                 saved,
+                seed_ptr,
                 y,
                 z,
                 partial_ptr,
@@ -225,18 +250,23 @@ def _linear_tma_kernel(
                 M,
                 N,
                 slope,
+                p,
+                scale,
+                unscale,
                 ACT,
                 BLOCK_M,
                 BLOCK_N // 2,
                 TMA_OUT,
                 WIDE,
                 SPLIT,
+                FOURS,
             )
         else:
             _epilogue(
                 acc,
                 bias_ptr,
                 saved,
+                seed_ptr,
                 y,
                 z,
                 partial_ptr,
@@ -247,12 +277,16 @@ def _linear_tma_kernel(
                 M,
                 N,
                 slope,
+                p,
+                scale,
+                unscale,
                 ACT,
                 BLOCK_M,
                 BLOCK_N,
                 TMA_OUT,
                 WIDE,
                 SPLIT,
+                FOURS,
             )
 
 
@@ -264,6 +298,7 @@ def _linear_kernel(
     b_ptr,  # [K, N], or [N, K] with B_T
     bias_ptr,  # [N] or None
     saved_ptr,  # [M, N] or None: what the gradient ACT is given
+    seed_ptr,  # [1] int64 or None: of the dropout after ACT
     y_ptr,  # [M, N]; [parts, M, N] float32 where parts > 1
     z_ptr,  # [M, N] or None
     partial_ptr,  # [cdiv(M, BLOCK_M), N] float32 or None: column sums of each row of tiles
@@ -274,6 +309,9 @@ def _linear_kernel(
     stride_a,
     stride_b,
     slope,
+    p,
+    scale,
+    unscale,
     ACT: tl.constexpr,
     PRECISION: tl.constexpr,
     A_T: tl.constexpr,
@@ -285,6 +323,7 @@ def _linear_kernel(
     VECTOR: tl.constexpr,
     WIDE: tl.constexpr,
     SPLIT: tl.constexpr,
+    FOURS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -351,6 +390,7 @@ def _linear_kernel(
         acc,
         bias_ptr,
         saved_ptr,
+        seed_ptr,
         y_ptr,
         z_ptr,
         partial_ptr,
@@ -361,12 +401,16 @@ def _linear_kernel(
         M,
         N,
         slope,
+        p,
+        scale,
+        unscale,
         ACT,
         BLOCK_M,
         BLOCK_N,
         False,
         WIDE,
         SPLIT,
+        FOURS,
     )
 
 
@@ -457,6 +501,14 @@ def _aligned(storage: torch.Tensor) -> bool:
     )
 
 
+class Drop(NamedTuple):
+    """Dropout of a matrix, as `dropout_fwd` takes it."""
+
+    seed: torch.Tensor  # [1] int64
+    p: float
+    scale: float
+
+
 @dataclasses.dataclass(frozen=True)
 class _Plan:
     """How a product runs: its operands as they are stored, and the tile."""
@@ -480,6 +532,7 @@ def _plan(
     saved: torch.Tensor | None = None,
     split: bool = False,
     launching: bool = False,
+    dropout: bool = False,
 ) -> _Plan:
     (M, K), N = a.shape, b.shape[1]
     # The transpose of dZ, for dW.
@@ -491,7 +544,8 @@ def _plan(
     aligned_out = N * a.element_size() % 16 == 0 and (saved is None or saved.data_ptr() % 16 == 0)
     precision = matmul_precision(a.dtype)
     tile = None
-    if (table := tuning.table(device)) is not None:
+    # What was tuned had no mask to draw.
+    if not dropout and (table := tuning.table(device)) is not None:
         key = tuning.linear_key(
             a.dtype,
             precision,
@@ -524,6 +578,7 @@ def _plan(
             aligned=aligned,
             aligned_out=aligned_out,
             k_major=b_t and not a_t,
+            dropout=dropout,
         )
     return _Plan(a, b, a_t, b_t, aligned, aligned_out, precision, multiprocessors, tile)
 
@@ -552,14 +607,15 @@ def _product(
     sums: bool = False,
     split: bool = False,
     y: torch.Tensor | None = None,
+    drop: Drop | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | None:
     """(y, z, sums): y = act(a b + bias), or a b * act'(saved); z = a b + bias with save_z; y's column sums with sums. Writes
-    into `y`, contiguous, if it is given.
+    into `y`, contiguous, if it is given. drop: y is dropped from and scaled, where `saved` is what was, by the same.
 
     None where configs.py leaves the product to cuBLAS.
     """
     (M, K), N = a.shape, b.shape[1]
-    plan = _plan(a, b, activation, save_z, saved, split, launching=True)
+    plan = _plan(a, b, activation, save_z, saved, split, launching=True, dropout=drop is not None)
     if isinstance(plan.tile, configs.CuBlas):
         return None
     a, b, tile = plan.a, plan.b, plan.tile
@@ -572,6 +628,11 @@ def _product(
     partial = torch.empty((tiles_m, N), dtype=torch.float32, device=a.device) if sums else None
     out = y if parts == 1 else torch.empty((parts, M, N), dtype=torch.float32, device=a.device)
     row = lookup(activation)
+    # None and not 0 without dropout: no argument at all for the compiler.
+    seed = p = scale = unscale = None
+    if drop is not None:
+        seed, p, scale = drop
+        unscale = 1 / scale if saved_for_backward(activation, negative_slope) == "y" else 1.0
     meta: dict[str, Any] = {
         "ACT": row.forward_for(a.dtype) if saved is None else row.gradient,
         "A_T": plan.a_t,
@@ -579,6 +640,7 @@ def _product(
         # 32-bit offsets reach 128 rows and columns of less than 2^24 elements.
         "WIDE": max(a.stride(0), b.stride(0), N) >= 1 << 24,
         "SPLIT": parts > 1,
+        "FOURS": drop is not None and N % 4 == 0,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
@@ -605,6 +667,7 @@ def _product(
             descriptor(b, block_b[::-1] if plan.b_t else block_b),
             bias,
             result(saved),
+            seed,
             result(out),
             result(z),
             partial,
@@ -613,6 +676,9 @@ def _product(
             K,
             parts,
             negative_slope,
+            p,
+            scale,
+            unscale,
             TMA_OUT=plan.aligned_out,
             SUBTILES=tile.subtiles,
             FLATTEN=tile.flatten,
@@ -626,6 +692,7 @@ def _product(
             b,
             bias,
             saved,
+            seed,
             out,
             z,
             partial,
@@ -636,6 +703,9 @@ def _product(
             a.stride(0),
             b.stride(0),
             negative_slope,
+            p,
+            scale,
+            unscale,
             PRECISION=plan.precision,
             ALIGNED=plan.aligned,
             ALIGNED_M=plan.a_t and M % vector == 0,
@@ -674,8 +744,10 @@ def linear_fwd(
     activation: str | None,
     negative_slope: float,
     save_z: bool,
+    drop: Drop | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """y = act(x w^T + b) and, with save_z, z = x w^T + b: one launch, any strides of x and w."""
+    """y = act(x w^T + b), dropped from and scaled with `drop`, and, with save_z, z = x w^T + b: one launch, any strides of x
+    and w."""
     found = _product(
         x,
         w.t(),
@@ -683,11 +755,13 @@ def linear_fwd(
         activation=activation,
         negative_slope=negative_slope,
         save_z=save_z,
+        drop=drop,
     )
     if found is not None:
         return found[:2]
     z = x @ w.t() if b is None else torch.addmm(b, x, w.t())
-    return z if activation is None else activation_fwd(z, activation, negative_slope), z if save_z else None
+    y = z if activation is None else activation_fwd(z, activation, negative_slope)
+    return y if drop is None else dropout_fwd(y, *drop), z if save_z else None
 
 
 def linear_bwd(
@@ -714,12 +788,20 @@ def linear_dgrad(
     activation: str | None = None,
     negative_slope: float = 0.0,
     needs_b: bool = False,
+    drop: Drop | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """dX = dZ W. With the activation of the layer beneath: that layer's dZ = dX * act'(saved), and its column sums db with
-    needs_b, without a trip of dX through memory."""
-    found = _product(dz, w, saved=saved, activation=activation, negative_slope=negative_slope, sums=needs_b)
+    """dX = dZ W. With the activation of the layer beneath, and its dropout: that layer's dZ = dX * act'(saved), and its column
+    sums db with needs_b, without a trip of dX through memory."""
+    found = _product(
+        dz, w, saved=saved, activation=activation, negative_slope=negative_slope, sums=needs_b, drop=drop
+    )
     if found is None:
-        return linear_dz(dz @ w, saved, activation, negative_slope, True, needs_b)
+        dx = dz @ w
+        if drop is not None:
+            dx = dropout_fwd(dx, *drop)
+            if saved is not None and saved_for_backward(activation, negative_slope) == "y":
+                saved = saved / drop.scale
+        return linear_dz(dx, saved, activation, negative_slope, True, needs_b)
     return found[0], found[2]
 
 

@@ -4,6 +4,8 @@ Forward is one launch a layer. Backward multiplies by the derivative of the laye
 that makes its gradient: at bf16 it reads what the derivative needs (2 bytes an element) and writes dZ (2), where layers on
 their own write dY (2) and read it again (2) besides: 4 of 8 bytes an element are saved. That takes a chain with nothing
 between its layers: a hook or a second consumer there would see dZ for dY.
+
+Dropout of the hidden results draws its mask in the same epilogues, forward and backward; no mask is stored.
 """
 
 from __future__ import annotations
@@ -26,15 +28,19 @@ def mlp_fwd(
     out_activation: str | None,
     negative_slope: float,
     first: int,
+    drops: Sequence[linear.Drop] = (),
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
     """x_0 = x, z_i = x_i w_i^T + b_i, x_(i + 1) = act_i(z_i): (the last, hidden, zs) for a backward down to layer `first`:
-    hidden holds the results of layers first - 1 and up but for the last, zs the z of layers first and up that save it."""
+    hidden holds the results of layers first - 1 and up but for the last, zs the z of layers first and up that save it.
+    drops: how each hidden result is dropped from; none for no dropout."""
     last = len(weights) - 1
     hidden, zs = [], []
     for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
         act = out_activation if i == last else activation
         save_z = i >= first and saved_for_backward(act, negative_slope) == "z"
-        x, z = linear.linear_fwd(x, w, b, act, negative_slope, save_z)
+        x, z = linear.linear_fwd(
+            x, w, b, act, negative_slope, save_z, drops[i] if drops and i < last else None
+        )
         if z is not None:
             zs.append(z)
         if first - 1 <= i < last:
@@ -52,6 +58,7 @@ def mlp_bwd(
     negative_slope: float,
     first: int,
     needs: Sequence[bool],
+    drops: Sequence[linear.Drop] = (),
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None], list[torch.Tensor | None]]:
     """(dx, [dw_i], [db_i]), None for what is not needed. needs: of x, of each weight, of each bias.
 
@@ -70,7 +77,13 @@ def mlp_bwd(
             dws[i] = linear.linear_wgrad(dz, x)
         if i > first:
             dz, dbs[i - 1] = linear.linear_dgrad(
-                dz, w, saved[i - 1], activation, negative_slope, needs_b[i - 1]
+                dz,
+                w,
+                saved[i - 1],
+                activation,
+                negative_slope,
+                needs_b[i - 1],
+                drops[i - 1] if drops else None,
             )
     dx = linear.linear_dgrad(dz, weights[0], None, None, 0.0, False)[0] if needs_x else None
     return dx, dws, dbs
@@ -82,6 +95,7 @@ def mlp_tiles(
     activation: str | None,
     out_activation: str | None,
     negative_slope: float,
+    dropout: bool = False,
 ) -> dict[str, configs.MatmulTile | configs.CuBlas]:
     """What would multiply for x_(i + 1), for dw_i, for dz_(i - 1) and for dx, by name, in the order of their launches;
     launches nothing, so meta tensors will do."""
@@ -91,7 +105,7 @@ def mlp_tiles(
     for i, w in enumerate(weights):
         act = out_activation if i == last else activation
         save_z = saved_for_backward(act, negative_slope) == "z"
-        forward[f"x{i + 1}"] = linear._plan(inputs[i], w.t(), act, save_z).tile
+        forward[f"x{i + 1}"] = linear._plan(inputs[i], w.t(), act, save_z, dropout=dropout and i < last).tile
         inputs.append(x.new_empty((len(x), len(w)), device="meta"))
     for i in range(last, -1, -1):
         dz = inputs[i + 1]
@@ -102,5 +116,7 @@ def mlp_tiles(
         else:
             identity = saved_for_backward(activation, negative_slope) is None
             saved = None if identity else inputs[i]
-            backward[f"dz{i - 1}"] = linear._plan(dz, weights[i], activation, saved=saved).tile
+            backward[f"dz{i - 1}"] = linear._plan(
+                dz, weights[i], activation, saved=saved, dropout=dropout
+            ).tile
     return forward | backward

@@ -99,15 +99,19 @@ def linear_cases(
     bias: bool = False,
     save_z: bool = False,
     precision: str = "ieee",
+    dropout: bool = False,
 ) -> Iterator[Case]:
     """A product of a layer with N outputs and K inputs, on a batch of M: "fwd" act(x w^T + b), "dx" dZ W, "dz" dZ W times
-    the gradient of the activation beneath, with its column sums, "dw" dZ^T X. None where cuBLAS multiplies."""
+    the gradient of the activation beneath, with its column sums, "dw" dZ^T X; dropout of what "fwd" and "dz" make. None
+    where cuBLAS multiplies."""
     x, w, dz = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((M, K), (N, K), (M, N)))
     b = torch.empty(N, dtype=dtype, device="meta") if bias else None
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    drop = linear.Drop(seed, 0.1, 1 / 0.9) if dropout else None
     calls = {
-        "fwd": lambda: linear._product(x, w.t(), bias=b, activation=activation, save_z=save_z),
+        "fwd": lambda: linear._product(x, w.t(), bias=b, activation=activation, save_z=save_z, drop=drop),
         "dx": lambda: linear.linear_dgrad(dz, w),
-        "dz": lambda: linear._product(dz, w, saved=x, activation=activation, sums=True),
+        "dz": lambda: linear._product(dz, w, saved=x, activation=activation, sums=True, drop=drop),
         "dw": lambda: linear._product(dz.t(), x, split=True),
     }
     with mock.patch.object(linear, "matmul_precision", return_value=precision):
@@ -116,7 +120,8 @@ def linear_cases(
     vector = 16 // dtype.itemsize
     for kernel, args, options in found:
         name = (
-            f"{kernel.__name__} {product} {dtype} {M}x{N}x{K} {activation} bias={bias} z={save_z} {precision}"
+            f"{kernel.__name__} {product} {dtype} {M}x{N}x{K} {activation} bias={bias} z={save_z} {precision} "
+            f"dropout={dropout}"
         )
         if kernel is linear._sum_kernel:
             yield Case(name, kernel, args, options, wide=False, wide_stores=False)
@@ -878,6 +883,17 @@ def chosen(capability: int) -> Iterator[Case]:
     yield from linear_cases(capability, FP32, "fwd", 64, 512, 784, "gelu", bias=True, save_z=True)
     yield from linear_cases(capability, FP32, "dz", 64, 512, 784, "gelu")
     yield from linear_cases(capability, FP32, "dw", 64, 256, 784)
+    for drop in (
+        {"M": 8192, "N": 4096, "K": 4096},
+        {"M": 8192, "N": 4095, "K": 4096},
+        {"M": 64, "N": 32768, "K": 256},
+    ):
+        yield from linear_cases(
+            capability, half, "fwd", **drop, activation="gelu", bias=True, save_z=True, dropout=True
+        )
+    for M, N, K in ((8192, 4096, 4096), (64, 256, 32768)):
+        yield from linear_cases(capability, half, "dz", M, N, K, "gelu", dropout=True)
+    yield from linear_cases(capability, FP32, "dz", 64, 512, 783, "gelu", dropout=True)
     if capability >= 80:
         yield from linear_cases(
             capability, FP32, "fwd", 8192, 4096, 4096, "tanh", bias=True, precision="tf32"

@@ -34,6 +34,9 @@ _FUNCTIONS: dict[Any, set[str]] = {
 }
 _GUFUNCS = {"matmul"}
 _REDUCTIONS = {"add", "multiply"}
+_ATTRIBUTES = {"dtype", "flags", "itemsize", "nbytes", "ndim", "shape", "size", "strides"}
+_METHODS = {"all", "any", "argmax", "astype", "copy", "dot", "fill", "max", "min", "nonzero", "prod", "ravel"}
+_METHODS |= {"reshape", "squeeze", "sum", "take", "transpose", "view"}
 
 
 class Array(np.lib.mixins.NDArrayOperatorsMixin):
@@ -65,13 +68,9 @@ class Array(np.lib.mixins.NDArrayOperatorsMixin):
         raise TypeError("Implicit conversion to a NumPy array is not allowed.")
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("dtype", "shape", "ndim", "size", "strides", "itemsize", "nbytes"):
+        if name in _ATTRIBUTES:
             return getattr(self._array, name)
-        if name in ("flags",):
-            return self._array.flags
-        if name not in (
-            "all any argmax astype copy dot fill max min nonzero prod ravel reshape squeeze sum take transpose view"
-        ).split():
+        if name not in _METHODS:
             raise AttributeError(f"'cupy.ndarray' object has no attribute {name!r}")
         method = getattr(self._array, name)
 
@@ -129,3 +128,8 @@ def from_tensor(tensor: Any) -> Array:
     """What dlgpu._arrays.to_array gives for a CUDA tensor, for a CPU one."""
     tensor = tensor.detach()
     return Array((tensor.float() if tensor.element_size() == 2 else tensor).numpy())
+
+
+def from_dlpack(other: Any) -> Array:
+    """As cupy.from_dlpack."""
+    return Array(np.from_dlpack(other))

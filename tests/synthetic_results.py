@@ -116,6 +116,29 @@ def ceilings():
     ]
 
 
+def model(gpu, gain):
+    """A row of kind model."""
+    return {
+        "section": "model",
+        "kind": "model",
+        "op": "synthetic",
+        "options": {"activation": "gelu"},
+        "passes": "fwd+bwd",
+        "shape": {"M": 64, "N": 32},
+        "dtype": "bfloat16",
+        "gpu": gpu,
+        "launches": 2,
+        "compulsory_bytes": 10**9,
+        "flops": 0,
+        "bound_s": 1e-3,
+        "unfused_bytes": {"torch eager": 25 * 10**8, "torch.compile": 15 * 10**8},
+        "unfused_launches": {"torch eager": 5},
+        "unfused_bound_s": {"torch eager": gain * 1e-3},
+        "gain": gain,
+        "limited_by": "bytes",
+    }
+
+
 def full():
     """Rows of every kind, with all that the plots show."""
     rows = ceilings()
@@ -211,13 +234,55 @@ def full():
             "distance_a": 1e-7,
             "distance_b": 1e-7,
         },
+        *(model(gpu, gain) for gpu, gain in (("Synthetic GPU A", 2.5), ("Synthetic GPU B", 1.4))),
         {
-            "section": "model",
-            "kind": "model",
+            "section": "correctness",
+            "kind": "tests",
+            "title": "synthetic tests",
+            "passed": 10,
+            "failed": 1,
+            "skipped": 2,
+            "failures": [{"id": "tests/test_synthetic.py::test_one", "message": "assert 1 == 2"}],
+        },
+        {
+            "section": "check",
+            "kind": "checker",
+            "title": "synthetic kernels",
+            "checker": "synthetic",
+            "errors": 0,
+            "detail": "",
+            "kernels": [],
+        },
+        {"section": "tune", "kind": "tuned", "title": "a synthetic table"},
+        {
+            "section": "profile",
+            "kind": "achieved",
             "op": "synthetic",
+            "options": {},
+            "passes": "fwd",
             "shape": {"n": 1},
-            "gpu": GPU,
-            "bound_s": 1e-3,
+            "dtype": "float32",
+            "seconds": 1e-3,
+            "compulsory_bytes": 10**9,
+            "requested_bytes": None,
+            "flops": None,
+            "bytes_per_s": 1e12,
+            "flops_per_s": None,
+            "copy_share": 0.25,
+            "matmul_share": None,
+        },
+        {
+            "section": "profile",
+            "kind": "counter",
+            "op": "synthetic",
+            "options": {},
+            "passes": "fwd",
+            "shape": {"n": 1},
+            "dtype": "float32",
+            "hardware_bytes": 11,
+            "law_bytes": 10,
+            "over_law": 1.1,
+            "kernels": [],
         },
         {"section": "run", "kind": "absent", "provider": "quack", "reason": "no module named quack"},
         {

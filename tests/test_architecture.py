@@ -157,6 +157,83 @@ def missing_siblings(root: Path) -> list[str]:
     ]
 
 
+def _assigned(path: Path, name: str) -> ast.expr | None:
+    """The value of a module's variable."""
+    for node in ast.parse(path.read_text(encoding="utf-8"), str(path)).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            return node.value  # type: ignore[attr-defined]
+    return None
+
+
+def _texts(node: ast.AST | None) -> set[str]:
+    return (
+        {n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+        if node
+        else set()
+    )
+
+
+def described_ops(root: Path) -> set[str]:
+    """What bench/cases describes: the names given to `Op(name=...)` and to a stem's own `_op("...")`."""
+    found = set()
+    for path in (root / "bench" / "cases").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id in ("Op", "_op")
+            ):
+                names = [keyword.value for keyword in node.keywords if keyword.arg == "name"] or node.args[:1]
+                found |= {n.value for n in names if isinstance(n, ast.Constant)}
+    return found
+
+
+def undescribed(root: Path) -> list[str]:
+    """Public functions and optimizers that the benchmark knows nothing of. One op stands for all activations."""
+    described = described_ops(root)
+    table = _assigned(root / "kernels" / "activations.py", "ACTIVATIONS")
+    activations = (
+        _texts(ast.Tuple(table.keys)) if isinstance(table, ast.Dict) and "activation" in described else set()
+    )
+    public = {
+        f"dlgpu/functional.py: {name}": name
+        for name in _texts(_assigned(root / "dlgpu" / "functional.py", "__all__")) - activations
+    }
+    public |= {
+        f"dlgpu/optim.py: {name}": name.lower()
+        for name in _texts(_assigned(root / "dlgpu" / "optim.py", "__all__"))
+    }
+    return [
+        f"{where} has no Op in bench/cases" for where, name in sorted(public.items()) if name not in described
+    ]
+
+
+def test_the_benchmark_knows_every_op() -> None:
+    found = undescribed(ROOT)
+    assert not found, "\n" + "\n".join(found)
+
+
+def test_an_op_that_the_benchmark_does_not_know_is_named(tmp_path: Path) -> None:
+    plant(
+        tmp_path,
+        {
+            "dlgpu/functional.py": '__all__ = ["linear", "relu", "gelu", "mish"]\n',
+            "dlgpu/optim.py": '__all__ = ["Adam", "Lion"]\n',
+            "kernels/activations.py": 'ACTIVATIONS: dict[str, int] = {"relu": 1, "gelu": 2}\n',
+            "bench/cases/linear.py": 'OPS = [Op(name="linear", shapes={})]\n',
+            "bench/cases/activations.py": 'OPS = [Op(name="activation")]\n',
+            "bench/cases/optimizers.py": 'OPS = [_op("adam", "Adam")]\n',
+        },
+    )
+    assert undescribed(tmp_path) == [
+        "dlgpu/functional.py: mish has no Op in bench/cases",
+        "dlgpu/optim.py: Lion has no Op in bench/cases",
+    ]
+    (tmp_path / "bench/cases/activations.py").write_text("OPS = []\n")
+    assert len(undescribed(tmp_path)) == 4
+
+
 def test_imports() -> None:
     found = import_violations(ROOT)
     assert not found, "\n" + "\n".join(found)

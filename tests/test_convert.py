@@ -19,6 +19,13 @@ from tolerance import assert_accurate, assert_same_bits
 SCRIPTS = Path(__file__).parent / "scripts"
 
 
+@pytest.fixture(autouse=True)
+def _own_math():
+    """On a CPU dlgpu leaves small sizes to torch's own functions: here it is to compute them itself."""
+    with dlgpu.use_backend("fallback"):
+        yield
+
+
 # Models written for torch alone, each with its inputs and the loss of its result.
 class Block(nn.Module):
     """A transformer block by hand."""
@@ -245,6 +252,12 @@ ARCHITECTURES = [
     ("L S g", ["0 1"], ["Activation", "Linear"]),
     ("L N R", [], ["Activation", "LayerNorm", "Linear"]),
     ("L D R", [], ["Activation", "Linear"]),
+    ("L R D L R D L", ["0 1 2 3 4 5 6"], ["MLP"]),
+    ("L R D", ["0 1"], ["Linear"]),
+    ("D L R D L D", ["1 2 3 4"], ["MLP"]),
+    ("L D D L", [], ["Linear", "Linear"]),
+    ("B R D L", ["0 1"], ["BatchNorm", "Linear"]),
+    ("L R D L T D L", ["0 1 2 3 4"], ["Linear", "MLP"]),
 ]
 
 
@@ -282,6 +295,34 @@ def test_runs_of_a_sequential(text, runs, functions):
         if a.is_floating_point():
             assert_accurate(a, t, e, f"{text} {i}")
     assert ops(model(x)) == functions
+
+
+def test_dropout_in_a_run():
+    """Of hidden layers, one probability for all; in evaluation they are all alike."""
+    model = nn.Sequential(
+        nn.Linear(6, 6),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.Linear(6, 6),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.Linear(6, 6),
+    )
+    dlgpu.convert(model)
+    assert model.fused() == [["0", "1", "2", "3", "4", "5", "6"]]
+    x = torch.randn(7, 6)
+    weights, biases = [model[i].weight for i in (0, 3, 6)], [model[i].bias for i in (0, 3, 6)]
+    torch.manual_seed(3)
+    y = model(x)
+    torch.manual_seed(3)
+    assert_same_bits([y], [dlgpu.functional.mlp(x, weights, biases, activation="relu", dropout=0.3)])
+    assert_same_bits([model.eval()(x)], [dlgpu.functional.mlp(x, weights, biases, activation="relu")])
+    model[5].p = 0.4
+    assert model.fused() == [["0", "1", "2", "3", "4", "5", "6"]]
+    model.train()
+    assert model.fused() == [["0", "1", "2", "3", "4"]]
+    model[2].register_forward_hook(lambda *args: None)
+    assert model.fused() == [["0", "1"], ["3", "4", "5", "6"]]
 
 
 def test_on_the_kernels(backend, device):
@@ -829,22 +870,24 @@ def test_an_optimizer_that_stays(make, reason):
 
 
 # Whole scripts, written for torch alone.
-def curves(name, convert, optimizer=dlgpu.optim.AdamW):
+def curves(name, convert, choice="fallback"):
     main = runpy.run_path(str(SCRIPTS / f"{name}.py"))["main"]
     converted = []
 
     def noted(model):
         converted.append(convert(model))
 
-    losses = main(noted, optimizer)
+    with dlgpu.use_backend(choice):
+        losses = main(noted, dlgpu.optim.AdamW)
     return converted, losses, main()
 
 
+@pytest.mark.parametrize("choice", ["fallback", "auto"])
 @pytest.mark.parametrize("name", ["nanogpt", "actor_critic"])
-def test_a_training_script(name):
+def test_a_training_script(name, choice):
     """200 steps of float32: the loss of each is within 1e-4 of torch's."""
     assert len((SCRIPTS / f"{name}.py").read_text().splitlines()) <= 60
-    converted, ours, theirs = curves(name, dlgpu.convert)
+    converted, ours, theirs = curves(name, dlgpu.convert, choice)
     assert len(ours) == len(theirs) == 200
     assert [
         abs(a - e) / abs(e) for a, e in zip(ours, theirs, strict=True) if abs(a - e) > 1e-4 * abs(e)

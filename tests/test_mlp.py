@@ -6,6 +6,7 @@ import itertools
 import pickle
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dlgpu.functional
 import dlgpu.nn
 from dlgpu.bench.meter import TrafficMeter
-from dlgpu.kernels import _triton
+from dlgpu.fallback.dropout import keep
+from dlgpu.kernels import _triton, configs
 from dlgpu.kernels import linear as linear_kernels
 from dlgpu.kernels import mlp as mlp_kernels
 from dlgpu.kernels.activations import ACTIVATIONS, lookup
+from dlgpu.ops.dropout import _draw_seeds, _probability
 from test_dispatch import specialization
 from tolerance import LAYOUTS, PAIRS, assert_accurate, assert_conforms, assert_same_bits, run
 
@@ -483,6 +486,291 @@ def test_explain_names_what_goes_to_cublas():
     assert "_linear_dz_kernel (dz0)" in text
 
 
+# Dropout.
+def dropped(activation, out_activation=None, slope=0.01, p=0.3, seed=11):
+    """The chain with dropout, of the same seeds at each call."""
+
+    def chain(x, ws, bs):
+        torch.manual_seed(seed)
+        return dlgpu.functional.mlp(
+            x,
+            ws,
+            bs,
+            activation=activation,
+            out_activation=out_activation,
+            negative_slope=slope,
+            dropout=p,
+        )
+
+    return flat(chain)
+
+
+def masks(M, sizes, device="cpu", p=0.3, seed=11):
+    """What each hidden result is multiplied by, drawn element by element in row-major order, as `dropout` does."""
+    torch.manual_seed(seed)
+    seeds = _draw_seeds(len(sizes) - 2, device).cpu().numpy()
+    kept = [
+        keep(s[:1], 0, M * n, _probability(p)).reshape(M, n) for s, n in zip(seeds, sizes[1:-1], strict=True)
+    ]
+    return [torch.from_numpy(k).to(device).double() / (1 - p) for k in kept]
+
+
+def masked(factors, activation, out_activation=None, slope=0.01):
+    """torch's layers, with dropout's factors after all but the last."""
+
+    def chain(x, ws, bs):
+        for i, (w, b) in enumerate(zip(ws, bs, strict=True)):
+            x = lookup(out_activation if i == len(ws) - 1 else activation).eager(F.linear(x, w, b), slope)
+            if i < len(ws) - 1:
+                wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+                x = (x.to(wide) * factors[i].to(wide)).to(x.dtype)
+        return x
+
+    return flat(chain)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "act"),
+    [
+        (*pair, act)
+        for pair in PAIRS
+        for act in ACTS
+        if pair[0] == "fallback"
+        or (pair[1] is torch.float32 and act in (("gelu", None, 0.01), (None, "gelu", 0.01), ACTS[-3]))
+        or act == ("tanh", None, 0.01)
+    ],
+    indirect=["backend"],
+)
+def test_dropout_is_a_mask_after_each_hidden_layer(backend, device, dtype, act):
+    """Result and gradients are those of torch's layers with that mask between them."""
+    factors = masks(37, SIZES, device)
+    assert_conforms(dropped(*act), masked(factors, *act), sample(37, dtype=dtype, device=device))
+
+
+# Numbers made four at a time and one at a time, several tiles, and rows by descriptors.
+@pytest.mark.parametrize(
+    ("M", "sizes", "dtype"),
+    [
+        (70, (5, 132, 7), torch.float32),
+        (70, (5, 131, 130, 3), torch.float32),
+        (66, (8, 200, 72, 16), torch.bfloat16),
+        (1, (3, 1, 2), torch.float32),
+        (0, (3, 5, 2), torch.float32),
+    ],
+)
+def test_dropout_has_one_mask_for_all_backends(backend, device, M, sizes, dtype):
+    """Of `dropout` itself for that seed: every sigmoid that is 0 was dropped."""
+    x, *parameters = sample(M, sizes, dtype, device)
+    found = torch.ops.dlgpu.mlp_fwd(
+        x, parameters[: len(sizes) - 1], parameters[len(sizes) - 1 :], "sigmoid", None, 0.01,
+        torch.tensor([[5, 0], [-7, 0]], device=device)[: len(sizes) - 2], 0.4, 0, backend,
+    )[1]  # fmt: skip
+    for hidden, seed in zip(found, (5, -7), strict=False):
+        kept = keep(np.array([seed]), 0, hidden.numel(), _probability(0.4)).reshape(hidden.shape)
+        assert torch.equal(hidden.cpu() != 0, torch.from_numpy(kept))
+    x = torch.rand(M, sizes[1], dtype=dtype, device=device) + 1
+    y = torch.ops.dlgpu.dropout(x, torch.tensor([5], device=device), 0.4, backend)
+    assert not found or torch.equal(y != 0, found[0] != 0)
+
+
+def test_dropout_by_torchs_seed(backend, device):
+    """torch.manual_seed repeats it, each call and each layer draw another, and a graph's backward drops what its forward
+    did."""
+    x, *parameters = (t.requires_grad_() for t in sample(6, (8, 8, 8, 8), device=device))
+
+    def call():
+        return dlgpu.functional.mlp(x, parameters[:3], parameters[3:], activation="tanh", dropout=0.4)
+
+    torch.manual_seed(3)
+    first, second = call(), call()
+    torch.manual_seed(3)
+    again = call()
+    assert_same_bits([again], [first])
+    assert not torch.equal(first, second)
+    dy = torch.randn_like(first)
+    for y, other in ((second, None), (first, again)):
+        once = torch.autograd.grad(y, [x, *parameters], dy, retain_graph=True)
+        assert_same_bits(once, torch.autograd.grad(y, [x, *parameters], dy))
+        if other is not None:
+            assert_same_bits(once, torch.autograd.grad(other, [x, *parameters], dy))
+    factors = masks(6, (8, 8, 8, 8))
+    assert not torch.equal(factors[0], factors[1])
+
+
+@pytest.mark.parametrize("options", [{"dropout": 0.0}, {"dropout": 0.5, "training": False}, {"dropout": 0}])
+def test_nothing_is_dropped(backend, device, launches, options):
+    """The same bits and launches, and no random number is drawn; nor with no hidden layer."""
+    x, *parameters = sample(5, device=device)
+    expected = ours("gelu")(x, *parameters)
+    known = [name for name, *_ in launches]
+    launches.clear()
+    state = torch.get_rng_state()
+    y = dlgpu.functional.mlp(x, parameters[:3], parameters[3:], activation="gelu", **options)
+    assert_same_bits([y], [expected])
+    assert [name for name, *_ in launches] == known
+    one = dlgpu.functional.mlp(x, parameters[:1], parameters[3:4], activation="gelu", dropout=0.5)
+    assert_same_bits([one], [dlgpu.functional.linear(x, parameters[0], parameters[3])])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_all_is_dropped(backend, device):
+    """As torch, which multiplies by 0: gradients are 0, NaN and infinity are NaN."""
+    inputs = sample(5, device=device)
+    zeros = [torch.zeros(5, n, device=device, dtype=torch.float64) for n in SIZES[1:-1]]
+    assert_conforms(dropped("gelu", "tanh", p=1.0), masked(zeros, "gelu", "tanh"), inputs)
+    inputs[0][1, 1] = float("inf")
+    assert dropped("relu", p=1.0)(*inputs)[1].isnan().all()
+    inputs[0] = inputs[0][None]
+    assert dropped("relu", p=1)(*inputs).shape == (1, 5, 9)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", None])
+def test_dropout_launches_and_saves_no_more(backend, device, launches, activation):
+    """But for the seeds, 8 bytes a layer, and an activation that was not needed before: no mask is stored."""
+    launches.dry = True
+
+    def shapes(p):
+        inputs = [t.requires_grad_() for t in sample(5, device=device)]
+        own, saved = {t.data_ptr() for t in inputs}, []
+        launches.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            y = dropped(activation, p=p)(*inputs)
+        y.backward(torch.ones_like(y))
+        kept = [t for t in saved if t.data_ptr() not in own]
+        return sorted(tuple(t.shape) for t in kept if t.is_floating_point()), [
+            t.dtype for t in kept if not t.is_floating_point()
+        ]
+
+    plain, none = shapes(0.0)
+    known = [name for name, *_ in launches]
+    found, seeds = shapes(0.3)
+    assert found == plain
+    assert (none, seeds) == ([], [torch.int64])
+    assert [name for name, *_ in launches] == known
+    assert bool(known) == (backend == "triton")
+
+
+@pytest.mark.skipif(not _triton.INTERPRETED, reason="the meter sees interpreted kernels only")
+@pytest.mark.parametrize(
+    ("M", "sizes", "dtype", "activation"),
+    [
+        (96, (32, 64, 128, 16), torch.bfloat16, "relu"),
+        (70, (19, 33, 36, 9), torch.float32, "gelu"),
+    ],
+)
+def test_dropout_moves_a_seed_more(M, sizes, dtype, activation):
+    """Each launch that makes or takes a hidden result reads 8 bytes more, once for each tile's epilogue; no mask is read or
+    written."""
+    x, *parameters = sample(M, sizes, dtype)
+    ws, bs = parameters[:3], parameters[3:]
+    dy = torch.randn(M, sizes[-1], dtype=dtype)
+
+    def step(drops):
+        with TrafficMeter() as meter:
+            _, hidden, zs = mlp_kernels.mlp_fwd(x, ws, bs, activation, None, 0.0, 0, drops)
+            saved = [*(zs or hidden), None]
+            mlp_kernels.mlp_bwd(dy, [x, *hidden], ws, saved, activation, None, 0.0, 0, [True] * 7, drops)
+        return meter.launches
+
+    drops = [linear_kernels.Drop(torch.tensor([seed]), 0.25, 4 / 3) for seed in (1, 2)]
+    plain, found = step(()), step(drops)
+    assert [x.kernel for x in found] == [x.kernel for x in plain]
+    products = 0
+    for a, e in zip(found, plain, strict=True):
+        assert a.clean
+        seeded = "seed_ptr" in a.args
+        products += seeded
+        assert a.compulsory - e.compulsory == 8 * seeded
+        more = a.requested - e.requested
+        assert more == (a.args["seed_ptr"].requested if seeded else 0)
+        assert more % 8 == 0
+        assert seeded == (more > 0)
+    # Two hidden layers, forward and backward.
+    assert products == 4
+
+
+@pytest.mark.parametrize("act", [("tanh", None), ("gelu", "tanh"), (None, None), ("leaky_relu", None)])
+def test_gradcheck_of_dropout(act):
+    leaves = [t.requires_grad_() for t in sample(3, (3, 5, 4, 2), torch.float64)]
+    with dlgpu.use_backend("fallback"):
+        torch.autograd.gradcheck(dropped(*act), leaves)
+        torch.autograd.gradgradcheck(dropped(*act), leaves)
+
+
+def test_second_derivatives_of_dropout(backend, device):
+    inputs, factors = sample(6, (5, 4, 3), device=device), masks(6, (5, 4, 3), device)
+
+    def second(function, dtype):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in inputs]
+        y = function(*leaves)
+        first = torch.autograd.grad(y, leaves, torch.ones_like(y), create_graph=True)
+        # A bias of the last layer has none.
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves[:-1])
+
+    found = second(dropped("silu"), torch.float32)
+    expected, truth = (second(masked(factors, "silu"), dtype) for dtype in (torch.float32, torch.float64))
+    for i, (a, t, e) in enumerate(zip(found, truth, expected, strict=True)):
+        assert_accurate(a, t, e, f"second derivative {i}")
+
+
+@pytest.mark.parametrize("activation", ["tanh", "silu"])
+def test_dropout_where_cublas_multiplies(device, launches, monkeypatch, activation):
+    """The same mask, by passes of their own."""
+    factors = masks(37, SIZES, device)
+    monkeypatch.setattr(configs, "linear_tile", lambda *args, **kwargs: configs.CuBlas("for the test"))
+    inputs = sample(37, device=device)
+    with dlgpu.use_backend("triton"):
+        assert_conforms(dropped(activation), masked(factors, activation), inputs)
+        explained = str(
+            dlgpu.explain("mlp", inputs[0], inputs[1:4], inputs[4:], activation="tanh", dropout=0.3)
+        )
+    assert [name for name, *_ in launches].count("_dropout_kernel") == 4
+    assert explained.count("_dropout_kernel") == 4
+
+
+def test_explain_names_the_launches_of_dropout(device, launches):
+    launches.dry = True
+    x, *parameters = (t.requires_grad_() for t in sample(5, device=device))
+    options = {"activation": "gelu", "dropout": 0.2}
+    with dlgpu.use_backend("triton"):
+        explanation = dlgpu.explain("mlp", x, parameters[:3], parameters[3:], **options)
+        y = dlgpu.functional.mlp(x, parameters[:3], parameters[3:], **options)
+        y.backward(torch.ones_like(y))
+    assert [name.split()[0] for name, _ in explanation.steps] == [name for name, *_ in launches]
+
+
+def test_large_tiles_have_no_room_for_a_mask():
+    """The registers that random numbers take: see configs.py."""
+    x, w = (torch.empty(s, device="meta", dtype=torch.bfloat16) for s in ((8192, 4096), (4096, 4096)))
+    texts = [
+        str(dlgpu.explain("mlp", x, [w, w], activation="gelu", dropout=p, training=training))
+        for p, training in ((0.0, True), (0.1, True), (0.1, False))
+    ]
+    assert "128 x 256" in texts[0].split("(x2)")[0]
+    assert "128 x 256" not in texts[1].split("(x2)")[0]
+    assert "random numbers" in texts[1]
+    assert texts[2] == texts[0]
+
+
+@pytest.mark.parametrize(
+    ("dropout", "error", "message"),
+    [
+        (1.5, ValueError, "dropout probability has to be between 0 and 1, but got 1.5"),
+        (-0.1, ValueError, "dropout probability has to be between 0 and 1, but got -0.1"),
+        (float("nan"), RuntimeError, "dropout probability has to be between 0 and 1, but got nan"),
+        ("a", TypeError, "mlp: dropout must be a number, got str"),
+    ],
+)
+def test_bad_dropout(dropout, error, message):
+    x, w = torch.ones(2, 3), torch.ones(3, 3)
+    for training in (True, False):
+        with pytest.raises(error, match=message):
+            dlgpu.functional.mlp(x, [w, w], activation="relu", dropout=dropout, training=training)
+    if error is ValueError:
+        with pytest.raises(error, match=message):
+            dlgpu.nn.MLP((3, 3, 3), "relu", dropout=dropout)
+
+
 # Bytes.
 def partial_sums(meter):
     """Bytes of the float32 rows of column sums, written once and read once."""
@@ -550,11 +838,17 @@ def test_the_chain_saves_half_of_the_bytes_between_layers(M, sizes, dtype, activ
 
 # One feature: its matrices' strides of 1 say nothing about which side is the batch.
 @pytest.mark.parametrize(
-    ("sizes", "dtype"),
-    [((64, 48, 32, 10), torch.float32), ((64, 48, 32, 16), torch.bfloat16), ((1, 19, 1), torch.float32)],
+    ("sizes", "dtype", "dropout"),
+    [
+        ((64, 48, 32, 10), torch.float32, 0.0),
+        ((64, 48, 32, 16), torch.bfloat16, 0.0),
+        ((1, 19, 1), torch.float32, 0.0),
+        ((64, 48, 32, 10), torch.float32, 0.1),
+        ((64, 48, 48, 48, 16), torch.bfloat16, 0.1),
+    ],
 )
-def test_a_partial_last_batch_compiles_nothing_new(device, launches, sizes, dtype):
-    net = dlgpu.nn.MLP(sizes, "gelu", "relu", device=device, dtype=dtype)
+def test_a_partial_last_batch_compiles_nothing_new(device, launches, sizes, dtype, dropout):
+    net = dlgpu.nn.MLP(sizes, "gelu", "relu", device=device, dtype=dtype, dropout=dropout)
 
     def step(batch):
         launches.clear()
@@ -616,6 +910,66 @@ def test_the_module_is_torch_s_sequential(activation, out_activation, bias):
     torch.testing.assert_close(us(x), them(x))
     for a, e in zip(us.parameters(), them.parameters(), strict=True):
         torch.testing.assert_close(a.grad, e.grad)
+
+
+@pytest.mark.parametrize("activation", ["gelu", None])
+def test_the_module_with_dropout_is_torch_s_sequential(activation):
+    """Keys, parameters and places; in evaluation its results."""
+    torch.manual_seed(5)
+    them = sequential((6, 5, 4, 3), activation)
+    for i in (1, 2) if activation is None else (2, 5):
+        them.insert(i + (activation is None) * (i - 1), torch.nn.Dropout(0.3))
+    torch.manual_seed(5)
+    us = dlgpu.nn.MLP((6, 5, 4, 3), activation, dropout=0.3)
+    assert [isinstance(m, torch.nn.Dropout) for m in us] == [isinstance(m, torch.nn.Dropout) for m in them]
+    assert sum(isinstance(m, torch.nn.Dropout) for m in us) == 2
+    assert list(us.state_dict()) == list(them.state_dict())
+    assert_same_bits(us.state_dict().values(), them.state_dict().values())
+    x = torch.randn(7, 6)
+    torch.testing.assert_close(us.eval()(x), them.eval()(x))
+    assert_same_bits([us(x)], [us.eval()(x)])
+    us.train()
+    y = us(x)
+    assert not torch.equal(y, us(x))
+    torch.manual_seed(11)
+    y = us(x)
+    layers = [m for m in us if isinstance(m, torch.nn.Linear)]
+    weights, biases = [m.weight for m in layers], [m.bias for m in layers]
+    assert_same_bits([y], [dropped(activation)(x, *weights, *biases)])
+    assert "Dropout(p=0.3, inplace=False)" in repr(us)
+
+
+def test_what_of_dropout_is_a_chain(launches):
+    def net():
+        return dlgpu.nn.MLP((6, 5, 4, 3), "relu", dropout=0.3)
+
+    x = torch.randn(7, 6)
+    with dlgpu.use_backend("fallback"):
+        assert is_chain(net()(x))
+        assert is_chain(net().eval()(x))
+        other = net()
+        other[5].p = 0.4
+        assert not is_chain(other(x))
+        # Two of a kind in effect, and what is dropped is of one layer.
+        other = net()
+        other[5].eval()
+        assert not is_chain(other(x))
+        assert (other[:6](x).detach() >= 0).all()
+        other[2].p = 0.0
+        assert is_chain(other(x))
+        other = net()
+        other.append(dlgpu.nn.Dropout(0.3))
+        assert not is_chain(other(x))
+        other = net()
+        del other[5]
+        assert not is_chain(other(x))
+        other = net()
+        other[2] = torch.nn.Dropout(0.3)
+        assert not is_chain(other(x))
+        # One after the other draws masks of the layers' own, whose p are 1.
+        other = net()
+        other[2].p = other[5].p = 1.0
+        torch.testing.assert_close(other(x), other[6].bias.expand(7, 3))
 
 
 def see_forward(net, seen):

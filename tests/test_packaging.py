@@ -67,6 +67,8 @@ def package_files() -> list[str]:
         for path in (ROOT / folder).rglob("*")
         if path.is_file()
         and "__pycache__" not in path.parts
+        # Raw samples, bench/results: for README, not for users.
+        and path.relative_to(ROOT / folder).parts[0] != "results"
         and not (folder == "dlgpu" and path.relative_to(ROOT / folder).parts[0] in ("kernels", "bench"))
     )
 

@@ -63,7 +63,7 @@ def test_rows_by_op_and_device():
     with ByteCounter("meta") as counter:
         X.mul(2.0).mul(2.0)
         torch.ones(3).mul(2.0)
-    assert counter.rows == [("aten.mul.Tensor", 240, 240)] * 2
+    assert counter.rows == [("aten.mul.Tensor", 240, 240, 0)] * 2
     assert counter.by_op() == {"aten.mul.Tensor": (480, 480)}
     assert counter.total == 960
 
@@ -115,3 +115,45 @@ def test_adam(options, per_param, dtype):
     # The fused step counter, kept on the device: read and advanced, then read again.
     step = 12 if options.get("fused") else 0
     assert count.total == per_param * n * dtype.itemsize // 4 + step
+
+
+@pytest.mark.parametrize(
+    ("function", "flops"),
+    [
+        pytest.param(lambda: X @ Y.t(), 2 * 6 * 10 * 6, id="matmul"),
+        pytest.param(lambda: F.linear(X, _meta(4, 10), _meta(4)), 2 * 6 * 10 * 4, id="linear"),
+        pytest.param(lambda: X + Y, 0, id="no product"),
+    ],
+)
+def test_products_have_flops(function, flops):
+    with ByteCounter() as counter:
+        function()
+    assert sum(row.flops for row in counter.rows) == flops
+
+
+def test_operations_are_those_of_a_gpu():
+    """RMS norm is a launch each way, and optimizers take their foreach forms, as on a GPU and unlike elsewhere."""
+    M, N = 8, 32
+    x, weight = _meta(M, N, dtype=torch.bfloat16), _meta(N, dtype=torch.bfloat16)
+
+    def bind():
+        for leaf in (x, weight):
+            leaf.requires_grad_()
+        return lambda: torch.autograd.grad(F.rms_norm(x, (N,), weight), (x, weight), torch.empty_like(x))
+
+    forward, backward = unfused.operations(bind)
+    assert (forward.read, forward.written) == (2 * (M * N + N), 2 * M * N + 4 * M)
+    assert (backward.read, backward.written) == (2 * (2 * M * N + N) + 4 * M, 2 * (M * N + N))
+    params = [_meta(5).requires_grad_() for _ in range(3)]
+    for param in params:
+        param.grad = torch.empty_like(param)
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    rows = unfused.operations(lambda: optimizer.step, warm=True)
+    assert [row.op for row in rows] == ["aten._foreach_add_.List"]
+
+
+def test_an_operation_without_a_meta_form():
+    x, target = _meta(4, 6).requires_grad_(), _meta(4, dtype=torch.int64)
+    with ByteCounter() as counter:
+        F.multi_margin_loss(x, target).backward()
+    assert counter.by_op()["aten.multi_margin_loss_backward.default"][1] == 4 * 24

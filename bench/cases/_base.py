@@ -1,7 +1,8 @@
 """The description of an op, from which timing, byte counting, verification and the reports all work.
 
 A new op is one `Op` in one file of this folder: a function of its inputs for each library that offers it. Passes,
-torch.compile, unfused bytes (on meta tensors), the metered bytes of the kernels (in the interpreter) and float64 truth follow from that.
+torch.compile, unfused bytes (on meta tensors), the metered bytes of the kernels (in the interpreter) and float64 truth follow
+from that.
 """
 
 from __future__ import annotations
@@ -23,6 +24,11 @@ Shape = Mapping[str, int]
 # An op's tensors by name, and what else its function takes.
 Inputs = dict[str, Any]
 Outputs = Sequence[torch.Tensor]
+
+
+class Kept(dict[str, Any]):
+    """Where a function keeps, among its inputs, what it makes at the first step and needs at the next: an optimizer. No input
+    itself: torch's pytrees, which know the tensors of a plain dict, see nothing in it."""
 
 
 class NotOffered(Exception):

@@ -36,12 +36,10 @@ def _verify(
     """The kept share, the scale, and that the gradient is kept where the result is."""
     p = options["p"]
     kept = []
-    given = {FORWARD: [bound.inputs["x"]], BACKWARD: [bound.upstream]}.get(
-        passes, [bound.inputs["x"], bound.upstream]
-    )
-    for name, result, source in zip(
-        ("y", "dx") if passes != BACKWARD else ("dx",), results, given, strict=True
-    ):
+    sources = {"y": bound.inputs["x"], "dx": bound.upstream}
+    names = {FORWARD: ["y"], BACKWARD: ["dx"]}.get(passes, ["y", "dx"])
+    for name, result in zip(names, results, strict=True):
+        source = sources[name]
         if source is None or result.shape != source.shape or result.dtype != source.dtype:
             return f"{name} is {result.dtype} {list(result.shape)}"
         result, source = result.detach(), source.detach()

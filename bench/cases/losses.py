@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import dlgpu
 
-from ._base import Inputs, Make, Op, Shape, late
+from ._base import Inputs, Make, NotOffered, Op, Shape, late
 
 __all__ = ["OPS"]
 
@@ -55,6 +55,12 @@ def _hinge(x: torch.Tensor, target: torch.Tensor, reduction: str, squared: bool)
     if squared:
         loss = loss.square()
     return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+
+
+def _multi_margin(x: torch.Tensor, target: torch.Tensor, **options: Any) -> torch.Tensor:
+    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
+        raise NotOffered("eager offers no multi_margin_loss in 16 bits on a CPU")
+    return F.multi_margin_loss(x, target, **options)
 
 
 _attorch_function = late("attorch.p_loss_layers:PLossAutoGrad.apply")
@@ -118,6 +124,7 @@ OPS = [
         "multi_margin_loss",
         "l_i = sum_{j != t_i} max(0, 1 - x_i,t_i + x_ij) / N, reduced",
         _classes,
+        _multi_margin,
         options={"p": (1, 2)},
     ),
     _op(

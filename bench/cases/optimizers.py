@@ -9,7 +9,7 @@ import torch
 
 import dlgpu
 
-from ._base import STEP, Inputs, Make, Op, Shape
+from ._base import STEP, Inputs, Kept, Make, Op, Shape
 from .mlp import SHAPES as NETWORKS
 from .mlp import layer_sizes
 
@@ -21,6 +21,9 @@ SHAPES: dict[str, Shape] = {
     "many": {"n": 10_000_000, "tensors": 1000},
     "digits": {"n": 85002, "tensors": 6},
     "small": {"n": 10_000, "tensors": 10},
+    # A billion and its float64 truth are more than the memory of one GPU.
+    "h200-300m": {"n": 300_000_000, "tensors": 1},
+    "h200-300m-1000": {"n": 300_000_000, "tensors": 1000},
     "h200-1b": {"n": 1_000_000_000, "tensors": 1},
     "h200-1b-1000": {"n": 1_000_000_000, "tensors": 1000},
 }
@@ -37,15 +40,14 @@ def tensor_shapes(shape: Shape) -> list[tuple[int, ...]]:
 def _inputs(shape: Shape, make: Make, options: Mapping[str, Any]) -> Inputs:
     params = [make.normal(*s) for s in tensor_shapes(shape)]
     for param in params:
-        param.grad = make.normal(*param.shape, scale=0.01, grad=False)
-    # The last is where a function keeps its optimizer between steps.
-    return {"params": params, "options": dict(options), "state": {}}
+        param.grad = make.normal(*param.shape, grad=False)
+    return {"params": params, "options": dict(options), "state": Kept()}
 
 
 def _stepper(
     build: Callable[..., torch.optim.Optimizer], wrap: Callable[[Any], Any] | None = None
 ) -> Callable[..., Any]:
-    def step(params: list[torch.Tensor], options: dict[str, Any], state: dict[str, Any]) -> Any:
+    def step(params: list[torch.Tensor], options: dict[str, Any], state: Kept) -> Any:
         if not state:
             optimizer = build(params, **options)
             optimizer.step()

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 
 import dlgpu
 
-from ._base import STEP, Inputs, Make, Op, Shape
-from .mlp import SHAPES, layer_sizes, weights_and_biases
+from ._base import STEP, Inputs, Kept, Make, Op, Shape
 from .mlp import OPS as MLP
+from .mlp import SHAPES, layer_sizes, weights_and_biases
 
 __all__ = ["LIBRARIES", "OPS", "Library"]
 
@@ -63,14 +63,13 @@ def _inputs(shape: Shape, make: Make, options: Mapping[str, Any]) -> Inputs:
         "target": make.classes(shape["M"], shape["O"]),
         "weights": weights,
         "biases": biases,
-        # Where a function keeps its optimizer between steps.
-        "state": {},
+        "state": Kept(),
     }
 
 
 def _step(library: Callable[[], Library]) -> Callable[..., Any]:
     def step(
-        x: torch.Tensor, target: torch.Tensor, weights: list[Any], biases: list[Any], state: dict[str, Any]
+        x: torch.Tensor, target: torch.Tensor, weights: list[Any], biases: list[Any], state: Kept
     ) -> Any:
         if not state:
             chosen = library()

@@ -69,10 +69,6 @@ def _bwd_fallback(dy: torch.Tensor, saved: torch.Tensor, name: str, negative_slo
     return to_tensor(arrays.activation_bwd(to_array(dy), to_array(saved), name, negative_slope), dy.dtype)
 
 
-def _bwd_eager(dy: torch.Tensor, saved: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:
-    return lookup(name).eager_gradient(dy, saved, negative_slope)
-
-
 class ActivationFunction(torch.autograd.Function):
     """Autograd of `activation`, at the op's Autograd key."""
 
@@ -115,7 +111,6 @@ _activation_backward = _dispatch.define(
     "activation_backward(Tensor dy, Tensor saved, str name, float negative_slope, str backend) -> Tensor",
     triton=kernels.activation_bwd,
     fallback=_bwd_fallback,
-    eager=_bwd_eager,
     fake=lambda dy, saved, name, negative_slope, backend: dy.new_empty(dy.shape),
 )
 

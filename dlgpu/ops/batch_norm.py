@@ -284,7 +284,7 @@ def _others(x: torch.Tensor) -> list[int]:
     return [0, *range(2, x.dim())]
 
 
-def _fwd_eager(
+def _eager(
     x: torch.Tensor,
     mean: torch.Tensor | None,
     var: torch.Tensor | None,
@@ -297,23 +297,22 @@ def _fwd_eager(
     eps: float,
     activation: str | None,
     negative_slope: float,
-    keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    dtype, C = _statistics_dtype(x), x.shape[1]
+) -> torch.Tensor:
+    """From torch's own functions, differentiable any number of times."""
     if not x.numel():
-        return x.new_empty(x.shape), x.new_zeros((2, C) if keep else 0, dtype=dtype)
+        return x.new_empty(x.shape)
     same = all(t is None or t.dtype is x.dtype for t in (w, b, running_mean, running_var, mean, var))
-    if same and batches is None and not keep:
+    if same and batches is None:
         training = mean is None or var is None
         moved = (running_mean, running_var) if training else (mean, var)
         z = F.batch_norm(x, *moved, w, b, training, momentum, eps)
-        return lookup(activation).eager(z, negative_slope), x.new_empty(0, dtype=dtype)
+        return lookup(activation).eager(z, negative_slope)
+    dtype = _statistics_dtype(x)
     if mean is None or var is None:
         var, mean = torch.var_mean(x.to(dtype), _others(x), correction=0)
-        _move(running_mean, running_var, batches, momentum, mean, var, x.numel() // C)
-    stats = torch.stack([(var.to(dtype) + eps).rsqrt(), mean.to(dtype)])
-    y = lookup(activation).eager(_affine(x, stats[1], stats[0], w, b).to(x.dtype), negative_slope)
-    return y.contiguous(), stats if keep else x.new_empty(0, dtype=dtype)
+        _move(running_mean, running_var, batches, momentum, mean, var, x.numel() // x.shape[1])
+    z = _affine(x, mean.to(dtype), (var.to(dtype) + eps).rsqrt(), w, b).to(x.dtype)
+    return lookup(activation).eager(z, negative_slope).contiguous()
 
 
 def _affine(
@@ -415,35 +414,6 @@ def _bwd_fallback(
         x,
         w,
     )
-
-
-def _bwd_eager(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    w: torch.Tensor | None,
-    b: torch.Tensor | None,
-    stats: torch.Tensor,
-    training: bool,
-    activation: str | None,
-    negative_slope: float,
-    needs: Sequence[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dtype = x.dtype if w is None else w.dtype
-    rstd, mean = stats
-    row = lookup(activation)
-    saved = _affine(x, mean, rstd, w, b)
-    if row.saves == "y" and not (activation == "leaky_relu" and negative_slope < 0):
-        saved = row.eager(saved, negative_slope)
-    dz = row.eager_gradient(dy.to(saved.dtype), saved, negative_slope)
-    xhat = _affine(x, mean, rstd, None, None)
-    dims = _others(x)
-    dw, db = (dz * xhat).sum(dims), dz.sum(dims)
-    dx = None
-    if needs[0]:
-        n = max(x.numel() // max(x.shape[1], 1), 1)
-        dx = dz - _shaped(db / n, x) - xhat * _shaped(dw / n, x) if training else dz
-        dx = (dx * _shaped(rstd if w is None else rstd * w, x)).to(x.dtype).contiguous()
-    return _gradients(dx, dw.to(dtype) if needs[1] else None, db.to(dtype) if needs[2] else None, x, w)
 
 
 def _bwd_fake(
@@ -556,7 +526,7 @@ _batch_norm = _dispatch.define(
     f"batch_norm({_ARGUMENTS}, str backend) -> Tensor",
     triton=_result_only(_fwd_triton),
     fallback=_result_only(_fwd_fallback),
-    eager=_result_only(_fwd_eager),
+    eager=_eager,
     fake=lambda x, *rest: x.new_empty(x.shape),
     autograd=_batch_norm_autograd,
 )
@@ -564,7 +534,6 @@ _batch_norm_fwd = _dispatch.define(
     f"batch_norm_fwd({_ARGUMENTS}, bool keep, str backend) -> (Tensor, Tensor)",
     triton=_fwd_triton,
     fallback=_fwd_fallback,
-    eager=_fwd_eager,
     fake=_fwd_fake,
 )
 _batch_norm_backward = _dispatch.define(
@@ -572,7 +541,6 @@ _batch_norm_backward = _dispatch.define(
     "str? activation, float negative_slope, bool[3] needs, str backend) -> (Tensor, Tensor, Tensor)",
     triton=_bwd_triton,
     fallback=_bwd_fallback,
-    eager=_bwd_eager,
     fake=_bwd_fake,
 )
 

@@ -419,23 +419,17 @@ def _eager_loss(
     return losses.to(x.dtype)
 
 
-def _fwd_eager(
+def _eager(
     x: torch.Tensor,
     target: torch.Tensor,
     weight: torch.Tensor | None,
     reduction: str,
     ignore_index: int,
     label_smoothing: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """torch's own, which keeps no statistics: backward recomputes them."""
+) -> torch.Tensor:
     _check(x, target, weight, reduction, label_smoothing)
     _check_classes(x, target, ignore_index)
-    kept = _statistics_dtype(x)
-    return (
-        _eager_loss(x, target, weight, reduction, ignore_index, label_smoothing),
-        x.new_zeros((2, x.shape[0]), dtype=kept),
-        x.new_zeros(0 if reduction == "none" else 1, dtype=kept),
-    )
+    return _eager_loss(x, target, weight, reduction, ignore_index, label_smoothing)
 
 
 def _fwd_fake(
@@ -482,32 +476,6 @@ def _bwd_fallback(
         exponentials,
     )
     return to_tensor(dx, x.dtype)
-
-
-def _bwd_eager(
-    dloss: torch.Tensor,
-    x: torch.Tensor,
-    target: torch.Tensor,
-    weight: torch.Tensor | None,
-    stats: torch.Tensor,
-    denominator: torch.Tensor,
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
-) -> torch.Tensor:
-    classes, live, row_weight = _safe_rows(x, target, weight, ignore_index)
-    wide = x.to(_statistics_dtype(x))
-    g = dloss.to(wide.dtype)
-    if reduction == "mean":
-        g = g / row_weight.nansum(dtype=wide.dtype)
-    g = torch.where(live, g, 0.0)
-    hit = (1 - label_smoothing) * row_weight * g
-    weights = torch.ones_like(wide[0]) if weight is None else weight.to(wide.dtype)
-    uniform = label_smoothing / x.shape[1] * g
-    dx = torch.softmax(wide, 1) * (hit + uniform * weights.sum())[:, None] - uniform[:, None] * weights
-    is_target = classes[:, None] == torch.arange(x.shape[1], device=x.device)
-    dx = torch.where(is_target, dx - hit[:, None], dx)
-    return torch.where(live[:, None], dx, 0.0).to(x.dtype)
 
 
 def _bwd_fake(dloss: torch.Tensor, x: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -584,7 +552,7 @@ _cross_entropy = _dispatch.define(
     "float label_smoothing, str backend) -> Tensor",
     triton=lambda *args: _fwd_triton(*args)[0],
     fallback=lambda *args: _fwd_fallback(*args)[0],
-    eager=lambda *args: _fwd_eager(*args)[0],
+    eager=_eager,
     fake=lambda *args: _fwd_fake(*args)[0],
     autograd=_cross_entropy_autograd,
     autocast=lambda args, dtype: _dispatch.cast_floating(args, torch.float32),
@@ -594,7 +562,6 @@ _cross_entropy_fwd = _dispatch.define(
     "float label_smoothing, str backend) -> (Tensor, Tensor, Tensor)",
     triton=_fwd_triton,
     fallback=_fwd_fallback,
-    eager=_fwd_eager,
     fake=_fwd_fake,
 )
 _cross_entropy_backward = _dispatch.define(
@@ -602,7 +569,6 @@ _cross_entropy_backward = _dispatch.define(
     "Tensor denominator, str reduction, int ignore_index, float label_smoothing, str backend) -> Tensor",
     triton=kernels.cross_entropy_bwd,
     fallback=_bwd_fallback,
-    eager=_bwd_eager,
     fake=_bwd_fake,
 )
 
@@ -745,7 +711,7 @@ def _eager_extra(
     return losses.to(x.dtype), torch.where(live, lse, 0.0)
 
 
-def _extra_fwd_eager(
+def _extra_eager(
     x: torch.Tensor,
     target: torch.Tensor,
     weight: torch.Tensor | None,
@@ -759,7 +725,6 @@ def _extra_fwd_eager(
     return_lse: bool,
     return_accuracy: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """torch's own, which keeps no statistics: backward recomputes them."""
     _check_extra(x, target, weight, token_weights, reduction, label_smoothing)
     if not target.is_floating_point():
         _check_classes(x, target, ignore_index)
@@ -784,14 +749,7 @@ def _extra_fwd_eager(
         accuracy = right.to(z.dtype)
         if reduction != "none":
             accuracy = accuracy.sum() / live.sum()
-    kept = _statistics_dtype(x)
-    return (
-        loss,
-        lse if return_lse else _empty(x),
-        accuracy,
-        x.new_zeros((3 if target.is_floating_point() else 2, x.shape[0]), dtype=kept),
-        x.new_zeros(0 if reduction == "none" else 1, dtype=kept),
-    )
+    return loss, lse if return_lse else _empty(x), accuracy
 
 
 def _extra_fwd_fake(
@@ -871,55 +829,6 @@ def _extra_bwd_fallback(
     elif out.element_size() < 4:
         out.copy_(to_tensor(dx, x.dtype))
     return out, x.new_empty(0) if dtarget is None else to_tensor(dtarget, x.dtype)
-
-
-def _extra_bwd_eager(
-    dloss: torch.Tensor,
-    dlse: torch.Tensor | None,
-    x: torch.Tensor,
-    target: torch.Tensor,
-    weight: torch.Tensor | None,
-    token_weights: torch.Tensor | None,
-    stats: torch.Tensor,
-    denominator: torch.Tensor,
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    logit_scale: float,
-    needs: Sequence[bool],
-    out: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    classes, live, row_weight, u = _counted(x, target, weight, token_weights, ignore_index)
-    wide = x.to(u.dtype)
-    z = _transformed(wide, softcap, logit_scale)
-    lse = z.logsumexp(1)
-    g = dloss.to(u.dtype)
-    if reduction == "mean":
-        g = g / (row_weight.nan_to_num(0.0) * u).sum()
-    g = torch.where(live, g * u, 0.0)
-    weights = torch.ones_like(z[0]) if weight is None else weight.to(z.dtype)
-    if classes is None:
-        share = weights * (target.to(z.dtype) * (1 - label_smoothing) + label_smoothing / x.shape[1])
-    else:
-        is_target = classes[:, None] == torch.arange(x.shape[1], device=x.device)
-        share = label_smoothing / x.shape[1] * weights + torch.where(
-            is_target, (1 - label_smoothing) * row_weight[:, None], 0.0
-        )
-    scale = g * (share.sum(1) + 2 * z_loss * lse if z_loss else share.sum(1))
-    if dlse is not None:
-        scale = scale + torch.where(live, dlse.to(z.dtype), 0.0)
-    dx = torch.softmax(z, 1) * scale[:, None] - g[:, None] * share
-    if softcap:
-        dx = dx * (1 - (z / softcap).square())
-    if logit_scale != 1:
-        dx = dx * logit_scale
-    dx = torch.where(live[:, None], dx, 0.0).to(x.dtype)
-    dtarget = g[:, None] * (1 - label_smoothing) * weights * (lse[:, None] - z)
-    if out is not None:
-        dx = out.copy_(dx)
-    return dx if needs[0] else x.new_empty(0), dtarget.to(x.dtype) if needs[1] else x.new_empty(0)
 
 
 def _extra_bwd_fake(
@@ -1077,7 +986,7 @@ _cross_entropy_extra = _dispatch.define(
     f"cross_entropy_extra({_EXTRA}, bool inplace_grad, bool grad_in_forward, str backend) -> (Tensor, Tensor, Tensor)",
     triton=_results(_extra_fwd_triton),
     fallback=_results(_extra_fwd_fallback),
-    eager=_results(_extra_fwd_eager),
+    eager=lambda *args: _extra_eager(*args[:-2]),
     fake=lambda *args: _extra_fwd_fake(*(*args[:12], args[-1]))[:3],
     autograd=_cross_entropy_extra_autograd,
     autocast=lambda args, dtype: _dispatch.cast_floating(args, torch.float32),
@@ -1086,13 +995,11 @@ _cross_entropy_extra_fwd = _dispatch.define(
     f"cross_entropy_extra_fwd({_EXTRA}, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     triton=_extra_fwd_triton,
     fallback=_extra_fwd_fallback,
-    eager=_extra_fwd_eager,
     fake=_extra_fwd_fake,
 )
 _extra_backward: dict[str, Any] = {
     "triton": _extra_bwd_triton,
     "fallback": _extra_bwd_fallback,
-    "torch": _extra_bwd_eager,
 }
 _cross_entropy_extra_backward = _dispatch.define(
     "cross_entropy_extra_backward(Tensor dloss, Tensor? dlse, Tensor input, Tensor target, Tensor? weight, "
@@ -1100,7 +1007,6 @@ _cross_entropy_extra_backward = _dispatch.define(
     "float z_loss, float softcap, float logit_scale, bool[] needs, str backend) -> (Tensor, Tensor)",
     triton=_extra_bwd_triton,
     fallback=_extra_bwd_fallback,
-    eager=_extra_bwd_eager,
     fake=_extra_bwd_fake,
 )
 

@@ -49,10 +49,7 @@ def dropout(
     _checks.require_tensor("dropout", "input", input)
     _checks.require_number("dropout", "p", p)
     _checks.require_floating("dropout", "input", input)
-    if not 0 <= p <= 1:
-        # torch's types.
-        error = RuntimeError if p != p else ValueError
-        raise error(f"dropout probability has to be between 0 and 1, but got {p}")
+    _require_probability(p)
     if not training or p == 0 or input.numel() == 0:
         return input
     if p == 1:
@@ -61,6 +58,18 @@ def dropout(
     seed = torch.randint(-(1 << 63), (1 << 63) - 1, (1,), dtype=torch.int64, device=input.device)
     y = _dropout(input, seed, float(p), backend)
     return input.copy_(y) if inplace else y
+
+
+def _require_probability(p: float) -> None:
+    if not 0 <= p <= 1:
+        # torch's types.
+        error = RuntimeError if p != p else ValueError
+        raise error(f"dropout probability has to be between 0 and 1, but got {p}")
+
+
+def _draw_seeds(n: int, device: torch.device) -> torch.Tensor:
+    """[n, 2] int64, of which the first column counts: each begins at 16 bytes, so that kernels are not compiled twice."""
+    return torch.randint(-(1 << 63), (1 << 63) - 1, (n, 2), dtype=torch.int64, device=device)
 
 
 def _probability(p: float) -> float:

@@ -16,7 +16,7 @@ from dlgpu.fallback import linear as linear_arrays
 from dlgpu.kernels import configs
 from dlgpu.kernels import gated as kernels
 from dlgpu.kernels import linear as linear_kernels
-from dlgpu.kernels.activations import lookup, saved_for_backward
+from dlgpu.kernels.activations import lookup
 from dlgpu.ops.linear import _rows
 
 __all__ = ["gated_linear"]
@@ -162,7 +162,7 @@ def _fwd_fallback(
     return _shaped(to_tensor(y, dtype), None if gu is None else to_tensor(gu, dtype), input)
 
 
-def _fwd_eager(
+def _eager(
     input: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -170,19 +170,12 @@ def _fwd_eager(
     out_bias: torch.Tensor | None,
     activation: str | None,
     negative_slope: float,
-    save: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
+    """From torch's own functions, differentiable any number of times."""
     _check(input, weight, bias, out_weight, out_bias, activation)
-    gu = F.linear(input, weight, bias)
-    y = _eager_gate(gu, activation, negative_slope)
-    if out_weight is not None:
-        y = F.linear(y, out_weight, out_bias)
-    return y, gu if save else input.new_empty(0)
-
-
-def _eager_gate(gu: torch.Tensor, activation: str | None, negative_slope: float) -> torch.Tensor:
-    g, u = gu.chunk(2, -1)
-    return lookup(activation).eager(g, negative_slope) * u
+    g, u = F.linear(input, weight, bias).chunk(2, -1)
+    h = lookup(activation).eager(g, negative_slope) * u
+    return h if out_weight is None else F.linear(h, out_weight, out_bias)
 
 
 def _fwd_fake(
@@ -263,34 +256,6 @@ def _bwd_fallback(
             found[:3] = linear_arrays.linear_bwd(dgu, x, to_array(weight), None, None, 0.0, wanted)
     dx, dw, db, dwo, dbo = (None if g is None else to_tensor(g, dtype) for g in found)
     return _gradients(dx, dw, db, dwo, dbo, dy)
-
-
-def _bwd_eager(
-    dy: torch.Tensor,
-    input: torch.Tensor | None,
-    weight: torch.Tensor,
-    out_weight: torch.Tensor | None,
-    gu: torch.Tensor | None,
-    activation: str | None,
-    negative_slope: float,
-    needs: Sequence[bool],
-) -> Gradients:
-    needs_x, needs_w, needs_b, needs_wo, needs_bo = needs
-    grad, row = _rows(dy), lookup(activation)
-    dx = dw = db = dwo = None
-    if gu is not None:
-        g, u = _rows(gu).chunk(2, -1)
-        a = row.eager(g, negative_slope)
-        if needs_wo:
-            dwo = grad.t() @ (a * u)
-        if needs_x or needs_w or needs_b:
-            dh = grad if out_weight is None else grad @ out_weight
-            kept = a if saved_for_backward(activation, negative_slope) == "y" else g
-            dgu = torch.cat([row.eager_gradient(dh * u, kept, negative_slope), dh * a], -1)
-            dx = dgu @ weight if needs_x else None
-            dw = dgu.t() @ _rows(input) if needs_w and input is not None else None
-            db = dgu.sum(0) if needs_b else None
-    return _gradients(dx, dw, db, dwo, grad.sum(0) if needs_bo else None, dy)
 
 
 def _gradients(
@@ -380,17 +345,9 @@ def _differentiable_backward(
     activation: str | None,
     negative_slope: float,
 ) -> tuple[torch.Tensor | None, ...]:
-    def eager(
-        x: torch.Tensor,
-        w: torch.Tensor,
-        b: torch.Tensor | None,
-        w_out: torch.Tensor | None,
-        b_out: torch.Tensor | None,
-    ) -> torch.Tensor:
-        h = _eager_gate(F.linear(x, w, b), activation, negative_slope)
-        return h if w_out is None else F.linear(h, w_out, b_out)
-
-    return _dispatch.differentiable_vjp(eager, tensors, needs, dy)
+    return _dispatch.differentiable_vjp(
+        lambda x, w, b, wo, bo: _eager(x, w, b, wo, bo, activation, negative_slope), tensors, needs, dy
+    )
 
 
 def _gated_autograd(
@@ -422,7 +379,7 @@ _gated = _dispatch.define(
     f"gated_linear({_ARGUMENTS}, str backend) -> Tensor",
     triton=_result_only(_fwd_triton),
     fallback=_result_only(_fwd_fallback),
-    eager=_result_only(_fwd_eager),
+    eager=_eager,
     fake=lambda input, weight, bias, out_weight, out_bias, activation, slope, backend: _fwd_fake(
         input, weight, bias, out_weight, out_bias, activation, slope, False, backend
     )[0],
@@ -433,7 +390,6 @@ _gated_fwd = _dispatch.define(
     f"gated_linear_fwd({_ARGUMENTS}, bool save, str backend) -> (Tensor, Tensor)",
     triton=_fwd_triton,
     fallback=_fwd_fallback,
-    eager=_fwd_eager,
     fake=_fwd_fake,
 )
 _gated_backward = _dispatch.define(
@@ -441,7 +397,6 @@ _gated_backward = _dispatch.define(
     "float negative_slope, bool[5] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     triton=_bwd_triton,
     fallback=_bwd_fallback,
-    eager=_bwd_eager,
     fake=_bwd_fake,
 )
 

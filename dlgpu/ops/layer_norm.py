@@ -174,25 +174,6 @@ def _fwd_fallback(
     return to_tensor(y.reshape(x.shape), x.dtype), kept
 
 
-def _fwd_eager(
-    x: torch.Tensor,
-    w: torch.Tensor | None,
-    b: torch.Tensor | None,
-    dims: int,
-    eps: float,
-    rms: bool,
-    keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    y = _eager(x, w, b, dims, eps, rms).contiguous()
-    dtype = _statistics_dtype(x)
-    if not keep:
-        return y, x.new_empty(0, dtype=dtype)
-    rows = _matrix(x, _width(x, dims)).to(dtype)
-    if rms:
-        return y, (rows.square().mean(1) + eps).rsqrt()[None]
-    return y, torch.stack([(rows.var(1, correction=0) + eps).rsqrt(), rows.mean(1)])
-
-
 def _eager(
     x: torch.Tensor, w: torch.Tensor | None, b: torch.Tensor | None, dims: int, eps: float, rms: bool
 ) -> torch.Tensor:
@@ -279,33 +260,6 @@ def _bwd_fallback(
     )
 
 
-def _bwd_eager(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    w: torch.Tensor | None,
-    stats: torch.Tensor,
-    dims: int,
-    eps: float,
-    rms: bool,
-    needs: Sequence[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    parameter = x.dtype if w is None else w.dtype
-    dtype = _statistics_dtype(x)
-    C = _width(x, dims)
-    dy, rows = (_matrix(t, C).to(dtype) for t in (dy, x))
-    xhat = (rows if rms else rows - stats[1][:, None]) * stats[0][:, None]
-    dx = dw = db = None
-    if needs[0]:
-        g = dy if w is None else dy * w.reshape(-1).to(dtype)
-        dx = g - xhat * (g * xhat).mean(1, True)
-        dx = ((dx if rms else dx - g.mean(1, True)) * stats[0][:, None]).to(x.dtype).view(x.shape)
-    if needs[1]:
-        dw = (dy * xhat).sum(0).to(parameter)
-    if needs[2]:
-        db = dy.sum(0).to(parameter)
-    return _gradients(dx, dw, db, x, w, dims)
-
-
 def _bwd_fake(
     dy: torch.Tensor,
     x: torch.Tensor,
@@ -389,7 +343,7 @@ _layer_norm = _dispatch.define(
     "layer_norm(Tensor input, Tensor? weight, Tensor? bias, int dims, float eps, bool rms, str backend) -> Tensor",
     triton=_result_only(_fwd_triton),
     fallback=_result_only(_fwd_fallback),
-    eager=_result_only(_fwd_eager),
+    eager=lambda *args: _eager(*args).contiguous(),
     fake=lambda x, w, b, dims, eps, rms, backend: x.new_empty(x.shape),
     autograd=_layer_norm_autograd,
     autocast=_to_float32_on_cuda,
@@ -399,7 +353,6 @@ _layer_norm_fwd = _dispatch.define(
     "-> (Tensor, Tensor)",
     triton=_fwd_triton,
     fallback=_fwd_fallback,
-    eager=_fwd_eager,
     fake=_fwd_fake,
 )
 _layer_norm_backward = _dispatch.define(
@@ -407,7 +360,6 @@ _layer_norm_backward = _dispatch.define(
     "bool[3] needs, str backend) -> (Tensor, Tensor, Tensor)",
     triton=_bwd_triton,
     fallback=_bwd_fallback,
-    eager=_bwd_eager,
     fake=_bwd_fake,
 )
 

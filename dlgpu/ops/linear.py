@@ -120,18 +120,16 @@ def _fwd_fallback(
     return _shaped(to_tensor(y, dtype), None if z is None else to_tensor(z, dtype), input)
 
 
-def _fwd_eager(
+def _eager(
     input: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     activation: str | None,
     negative_slope: float,
-    save_z: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
+    """From torch's own functions, differentiable any number of times."""
     _check(input, weight, bias, activation)
-    z = F.linear(input, weight, bias)
-    y = lookup(activation).eager(z, negative_slope)
-    return y, z if save_z else input.new_empty(0)
+    return lookup(activation).eager(F.linear(input, weight, bias), negative_slope)
 
 
 def _shaped(
@@ -201,24 +199,6 @@ def _bwd_fallback(
         None if dx is None else to_tensor(dx, dtype),
         None if dw is None else to_tensor(dw, dtype),
         None if db is None else to_tensor(db, dtype),
-        dy,
-    )
-
-
-def _bwd_eager(
-    dy: torch.Tensor,
-    input: torch.Tensor | None,
-    weight: torch.Tensor,
-    saved: torch.Tensor | None,
-    activation: str | None,
-    negative_slope: float,
-    needs: Sequence[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dz = _rows(dy if saved is None else lookup(activation).eager_gradient(dy, saved, negative_slope))
-    return _gradients(
-        dz @ weight if needs[0] else None,
-        dz.t() @ _rows(input) if needs[1] and input is not None else None,
-        dz.sum(0) if needs[2] else None,
         dy,
     )
 
@@ -302,10 +282,9 @@ def _differentiable_backward(
     if input is None:
         return dy @ weight if needs[0] else None, None, _rows(dy).sum(0) if needs[2] else None
 
-    def eager(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
-        return lookup(activation).eager(F.linear(x, w, b), negative_slope)
-
-    return _dispatch.differentiable_vjp(eager, (input, weight, bias), needs, dy)
+    return _dispatch.differentiable_vjp(
+        lambda x, w, b: _eager(x, w, b, activation, negative_slope), (input, weight, bias), needs, dy
+    )
 
 
 def _linear_autograd(
@@ -332,7 +311,7 @@ _linear = _dispatch.define(
     "linear(Tensor input, Tensor weight, Tensor? bias, str? activation, float negative_slope, str backend) -> Tensor",
     triton=_result_only(_fwd_triton),
     fallback=_result_only(_fwd_fallback),
-    eager=_result_only(_fwd_eager),
+    eager=_eager,
     fake=lambda input, weight, bias, activation, slope, backend: _fwd_fake(
         input, weight, bias, activation, slope, False, backend
     )[0],
@@ -344,7 +323,6 @@ _linear_fwd = _dispatch.define(
     "str backend) -> (Tensor, Tensor)",
     triton=_fwd_triton,
     fallback=_fwd_fallback,
-    eager=_fwd_eager,
     fake=_fwd_fake,
 )
 _linear_backward = _dispatch.define(
@@ -352,7 +330,6 @@ _linear_backward = _dispatch.define(
     "bool[3] needs, str backend) -> (Tensor, Tensor, Tensor)",
     triton=_bwd_triton,
     fallback=_bwd_fallback,
-    eager=_bwd_eager,
     fake=_bwd_fake,
 )
 

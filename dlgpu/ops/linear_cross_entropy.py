@@ -318,8 +318,6 @@ def _kept_dtype(x: torch.Tensor, backend: str) -> torch.dtype:
 def _kept_columns(x: torch.Tensor, V: int, memory_budget: int, backend: str) -> int:
     """How many columns of the logits may be kept: all, or whole blocks of 1024."""
     row = max(x.shape[0], 1) * _kept_dtype(x, backend).itemsize
-    if backend == "torch":
-        return 0
     return V if row * V <= memory_budget else memory_budget // row // 1024 * 1024
 
 
@@ -418,7 +416,7 @@ def _fwd_fallback(
     )
 
 
-def _eager(
+def _eager_losses(
     x: torch.Tensor,
     w: torch.Tensor,
     b: torch.Tensor | None,
@@ -469,7 +467,7 @@ def _eager(
     return losses, torch.where(live, torch.logsumexp(counted, 1), 0.0), z
 
 
-def _fwd_eager(
+def _eager(
     x: torch.Tensor,
     w: torch.Tensor,
     target: torch.Tensor,
@@ -485,11 +483,10 @@ def _fwd_eager(
     accuracy: bool,
     memory_budget: int,
 ) -> tuple[torch.Tensor, ...]:
-    """torch's own, which keeps nothing: backward does it all again."""
     _check(x, w, target, b, weight, token_weights, reduction, label_smoothing)
     _check_classes(target, w.shape[0], ignore_index)
     options = (reduction, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    loss, lse, z = _eager(x, w, b, target, weight, token_weights, *options)
+    loss, lse, z = _eager_losses(x, w, b, target, weight, token_weights, *options)
     share = _empty(lse)
     if accuracy:
         live = target != ignore_index
@@ -498,8 +495,7 @@ def _fwd_eager(
         share = (known & (at_target >= z.amax(1))).to(lse.dtype)
         if reduction != "none":
             share = share.sum() / live.sum()
-    stats = lse.new_zeros((2, x.shape[0]))
-    return loss, lse, share, stats, lse.new_zeros(0 if reduction == "none" else 1), lse.new_empty((0, 0))
+    return loss, lse, share
 
 
 def _fwd_fake(
@@ -629,60 +625,9 @@ def _differentiable_backward(
     """The gradients of (x, w, b), themselves differentiable, with respect to the upstream gradients too."""
 
     def eager(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        return _eager(x, w, b, *rest)[:2]
+        return _eager_losses(x, w, b, *rest)[:2]
 
     return _dispatch.differentiable_vjp(eager, inputs, needs, (dloss, dlse))
-
-
-def _bwd_eager(
-    dloss: torch.Tensor,
-    dlse: torch.Tensor | None,
-    x: torch.Tensor,
-    w: torch.Tensor,
-    target: torch.Tensor,
-    b: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    token_weights: torch.Tensor | None,
-    stats: torch.Tensor,
-    denominator: torch.Tensor,
-    kept: torch.Tensor,
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    logit_scale: float,
-    needs: Sequence[bool],
-) -> tuple[torch.Tensor, ...]:
-    dtype, V = _statistics_dtype(x), w.shape[0]
-    z = F.linear(x, w, b).to(dtype) * logit_scale
-    slope = torch.full_like(z, logit_scale)
-    if softcap:
-        u = torch.tanh(z / softcap)
-        z, slope = u * softcap, slope * (1 - u) * (1 + u)
-    live = target != ignore_index
-    known = live & (target >= 0) & (target < V)
-    classes = torch.where(known, target, 0)
-    class_weight = z.new_ones(V) if weight is None else weight.to(dtype)
-    row_weight = class_weight[classes] * torch.where(known, 1.0, torch.nan).to(dtype)
-    tokens = torch.ones_like(row_weight) if token_weights is None else token_weights.to(dtype)
-    g = dloss.to(dtype) * tokens
-    if reduction == "mean":
-        g = g / (row_weight * tokens).nansum()
-    hit = g * (1 - label_smoothing) * row_weight
-    uniform = g * (label_smoothing / V)
-    everywhere = hit + uniform * class_weight.sum() + 2 * z_loss * g * torch.logsumexp(z, 1)
-    if dlse is not None:
-        everywhere = everywhere + dlse
-    dz = everywhere[:, None] * torch.softmax(z, 1) - uniform[:, None] * class_weight
-    is_target = torch.arange(V, device=x.device) == classes[:, None]
-    dz = torch.where(is_target, dz - hit[:, None], dz) * slope
-    dz = torch.where(live[:, None], dz, 0.0).to(x.dtype)
-    return (
-        dz @ w if needs[0] else _empty(x),
-        dz.t() @ x if needs[1] else _empty(x),
-        dz.sum(0) if needs[2] else _empty(x),
-    )
 
 
 def _bwd_fake(
@@ -798,7 +743,7 @@ _linear_cross_entropy = _dispatch.define(
     "-> (Tensor, Tensor, Tensor)",
     triton=_evaluate(_fwd_triton),
     fallback=_evaluate(_fwd_fallback),
-    eager=_evaluate(_fwd_eager),
+    eager=_eager,
     fake=lambda *args: _fwd_fake(*args)[:3],
     autograd=_linear_cross_entropy_autograd,
     autocast=_autocast,
@@ -808,7 +753,6 @@ _linear_cross_entropy_fwd = _dispatch.define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     triton=_fwd_triton,
     fallback=_fwd_fallback,
-    eager=_fwd_eager,
     fake=_fwd_fake,
 )
 _linear_cross_entropy_backward = _dispatch.define(
@@ -816,7 +760,6 @@ _linear_cross_entropy_backward = _dispatch.define(
     f"Tensor kept, {_OPTIONS}bool[3] needs, str backend) -> (Tensor, Tensor, Tensor)",
     triton=_bwd_triton,
     fallback=_bwd_fallback,
-    eager=_bwd_eager,
     fake=_bwd_fake,
 )
 

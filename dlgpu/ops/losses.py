@@ -259,7 +259,7 @@ def kl_div(
             "reduction: 'mean' divides the total loss by both the batch size and the support size."
             "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
             "'mean' will be changed to behave the same as 'batchmean' in the next major release.",
-            stacklevel=2,
+            stacklevel=3,
         )
     _require_pair("kl_div", input, target)
     for argument, tensor in (("input", input), ("target", target)):
@@ -375,7 +375,7 @@ def _difference(
             f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
             "This will likely lead to incorrect results due to broadcasting. "
             "Please ensure they have the same size.",
-            stacklevel=3,
+            stacklevel=4,
         )
     x, t = _broadcast(op, input, target)
     if weight is None:
@@ -588,10 +588,6 @@ def _gradients_eager(
     return dx, dt
 
 
-def _bwd_eager(dloss: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return _no_tensors(_gradients_eager(dloss, *args), dloss)
-
-
 def _bwd_fake(dloss: torch.Tensor, x: torch.Tensor | None, t: torch.Tensor, *args: Any) -> tuple[Any, Any]:
     # The last two: needs, the backend.
     dx, dt = (t.new_empty(t.shape if need else 0) for need in args[-2])
@@ -675,7 +671,6 @@ _elementwise_backward = _dispatch.define(
     "float parameter, str reduction, bool[2] needs, str backend) -> (Tensor, Tensor)",
     triton=_bwd_triton,
     fallback=_bwd_fallback,
-    eager=_bwd_eager,
     fake=_bwd_fake,
 )
 
@@ -861,7 +856,6 @@ _multi_margin_backward = _dispatch.define(
     "str reduction, str backend) -> Tensor",
     triton=kernels.multi_margin_bwd,
     fallback=_multi_margin_bwd_fallback,
-    eager=_multi_margin_bwd_eager,
     fake=lambda dloss, x, *rest: x.new_empty(x.shape),
 )
 

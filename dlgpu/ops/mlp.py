@@ -16,7 +16,10 @@ from dlgpu.fallback import mlp as arrays
 from dlgpu.kernels import configs
 from dlgpu.kernels import mlp as kernels
 from dlgpu.kernels.activations import lookup, saved_for_backward
-from dlgpu.ops.linear import _rows
+from dlgpu.kernels.linear import Drop
+from dlgpu.ops.dropout import _draw_seeds, _probability, _require_probability
+from dlgpu.ops.dropout import _eager as _eager_dropout
+from dlgpu.ops.linear import _rows, linear
 
 __all__ = ["mlp"]
 
@@ -32,9 +35,12 @@ def mlp(
     activation: str | None,
     out_activation: str | None = None,
     negative_slope: float = 0.01,
+    dropout: float = 0.0,
+    training: bool = True,
 ) -> torch.Tensor:
     """x_(i + 1) = act_i(x_i w_i^T + b_i) from x_0 = input; the last of these. One kernel a layer, forward; backward, the
-    derivative of each layer is multiplied in where the gradient of the layer above is made.
+    derivative of each layer is multiplied in where the gradient of the layer above is made. With dropout all but the last are
+    k act_i(x_i w_i^T + b_i) / (1 - dropout), k = 0 with probability `dropout`, else 1, in the same kernels.
 
     Args:
         input: x_0, [..., sizes[0]], float32, bfloat16, float16 or float64; any strides.
@@ -44,6 +50,8 @@ def mlp(
             "gelu_tanh" or "silu".
         out_activation: of the last layer; the same names.
         negative_slope: leaky ReLU's slope for negative z.
+        dropout: the probability of each element of a hidden layer to be dropped.
+        training: nothing is dropped without it.
 
     Returns:
         [..., sizes[-1]], of the same dtype, in autocast of the autocast dtype.
@@ -51,13 +59,15 @@ def mlp(
     Raises:
         RuntimeError: a shape or device does not fit.
         TypeError: an argument's type or dtype does not fit.
-        ValueError: no weights; not as many biases; no such activation, and the message lists them.
+        ValueError: no weights; not as many biases; no such activation, and the message lists them; dropout is not between 0
+            and 1 (a RuntimeError where it is NaN).
 
     Saved for backward: input and weights by reference; every x_i that dw_i needs; and of each layer what `linear` saves: y
     for relu, leaky_relu, sigmoid and tanh, which is the next layer's input, z for gelu, gelu_tanh and silu. Nothing of the
-    layers below the lowest one that a gradient is asked of.
+    layers below the lowest one that a gradient is asked of. With dropout y is saved as it is after it, with a seed for each
+    hidden layer, of which its mask is drawn again: the one that `dropout` draws of that seed.
 
-    Source: Rumelhart, Hinton and Williams, Nature 323, 533 (1986).
+    Sources: Rumelhart, Hinton and Williams, Nature 323, 533 (1986); `dropout`.
 
     >>> x = torch.tensor([[1.0, -2.0]])
     >>> w = torch.tensor([[1.0, 1.0], [1.0, 0.0]])
@@ -79,8 +89,56 @@ def mlp(
         )
     if type(negative_slope) is not float:
         _checks.require_number("mlp", "negative_slope", negative_slope)
+    if dropout != 0:
+        _checks.require_number("mlp", "dropout", dropout)
+        _require_probability(dropout)
+        if training and len(weights) > 1:
+            if dropout == 1:
+                return _all_dropped(input, weights, biases, activation, out_activation, negative_slope)
+            backend = _dispatch.choose_backend(input, "dropout")
+            seeds = _draw_seeds(len(weights) - 1, input.device)
+            return _mlp(
+                input,
+                weights,
+                biases,
+                activation,
+                out_activation,
+                negative_slope,
+                seeds,
+                float(dropout),
+                backend,
+            )
     backend = _dispatch.choose_backend(input, "mlp")
-    return _mlp(input, weights, biases, activation, out_activation, negative_slope, backend)
+    return _mlp(input, weights, biases, activation, out_activation, negative_slope, None, 0.0, backend)
+
+
+def _all_dropped(
+    x: torch.Tensor,
+    weights: Tensors,
+    biases: Optionals,
+    activation: str | None,
+    out_activation: str | None,
+    negative_slope: float,
+) -> torch.Tensor:
+    _check(x, weights, biases, activation, out_activation)
+    last = len(weights) - 1
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        act = out_activation if i == last else activation
+        x = linear(x, weight, bias, activation=act, negative_slope=negative_slope)
+        # NaN and infinity that are dropped are NaN.
+        x = x if i == last else x * 0.0
+    return x
+
+
+def _drops(seeds: torch.Tensor | None, p: float) -> list[Drop]:
+    """What the launchers take; nothing without seeds."""
+    if seeds is None:
+        return []
+    return [Drop(seed, _probability(p), 1 / (1 - p)) for seed in seeds[:, :1]]
+
+
+def _array_drops(seeds: torch.Tensor | None, p: float) -> list[tuple[Any, float, float]]:
+    return [(to_array(seed), p, scale) for seed, p, scale in _drops(seeds, p)]
 
 
 def _listed(name: str, values: Any) -> list[Any]:
@@ -152,11 +210,13 @@ def _fwd_triton(
     activation: str | None,
     out_activation: str | None,
     negative_slope: float,
+    seeds: torch.Tensor | None,
+    p: float,
     first: int,
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
     _check(input, weights, biases, activation, out_activation)
     y, hidden, zs = kernels.mlp_fwd(
-        _rows(input), weights, biases, activation, out_activation, negative_slope, first
+        _rows(input), weights, biases, activation, out_activation, negative_slope, first, _drops(seeds, p)
     )
     return _shaped(y, input), hidden, zs
 
@@ -168,6 +228,8 @@ def _fwd_fallback(
     activation: str | None,
     out_activation: str | None,
     negative_slope: float,
+    seeds: torch.Tensor | None,
+    p: float,
     first: int,
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
     _check(input, weights, biases, activation, out_activation)
@@ -180,6 +242,7 @@ def _fwd_fallback(
         out_activation,
         negative_slope,
         first,
+        _array_drops(seeds, p),
     )
     return (
         _shaped(to_tensor(y, dtype), input),
@@ -195,6 +258,8 @@ def _fwd_eager(
     activation: str | None,
     out_activation: str | None,
     negative_slope: float,
+    seeds: torch.Tensor | None,
+    p: float,
     first: int,
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
     _check(input, weights, biases, activation, out_activation)
@@ -204,6 +269,8 @@ def _fwd_eager(
         act = out_activation if i == last else activation
         z = F.linear(x, weight, bias)
         x = lookup(act).eager(z, negative_slope)
+        if seeds is not None and i < last:
+            x = _eager_dropout(x, seeds[i, :1], p)
         if i >= first and saved_for_backward(act, negative_slope) == "z":
             zs.append(z)
         if first - 1 <= i < last:
@@ -218,6 +285,8 @@ def _fwd_fake(
     activation: str | None,
     out_activation: str | None,
     negative_slope: float,
+    seeds: torch.Tensor | None,
+    p: float,
     first: int,
     backend: str,
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
@@ -240,6 +309,8 @@ def _bwd_triton(
     activation: str | None,
     out_activation: str | None,
     negative_slope: float,
+    seeds: torch.Tensor | None,
+    p: float,
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
     gradients = kernels.mlp_bwd(
@@ -252,6 +323,7 @@ def _bwd_triton(
         negative_slope,
         _lowest(needs),
         needs,
+        _drops(seeds, p),
     )
     return _gradients(*gradients, dy)
 
@@ -264,6 +336,8 @@ def _bwd_fallback(
     activation: str | None,
     out_activation: str | None,
     negative_slope: float,
+    seeds: torch.Tensor | None,
+    p: float,
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
     dtype = dy.dtype
@@ -277,6 +351,7 @@ def _bwd_fallback(
         negative_slope,
         _lowest(needs),
         needs,
+        _array_drops(seeds, p),
     )
     return _gradients(
         None if dx is None else to_tensor(dx, dtype),
@@ -294,6 +369,8 @@ def _bwd_eager(
     activation: str | None,
     out_activation: str | None,
     negative_slope: float,
+    seeds: torch.Tensor | None,
+    p: float,
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
     layers, first = len(weights), _lowest(needs)
@@ -302,8 +379,13 @@ def _bwd_eager(
     dx, dz = None, _rows(dy)
     for i in range(layers - 1, first - 1, -1):
         x, kept = inputs[i], saved[i]
+        act = out_activation if i == layers - 1 else activation
+        if seeds is not None and i < layers - 1:
+            dz = _eager_dropout(dz, seeds[i, :1], p)
+            if saved_for_backward(act, negative_slope) == "y" and kept is not None:
+                # What is saved is y after dropout.
+                kept = kept * (1 - p)
         if kept is not None:
-            act = out_activation if i == layers - 1 else activation
             dz = lookup(act).eager_gradient(dz, _rows(kept), negative_slope)
         if needs[1 + i] and x is not None:
             dws[i] = dz.t() @ _rows(x)
@@ -338,6 +420,8 @@ def _bwd_fake(
     activation: str | None,
     out_activation: str | None,
     negative_slope: float,
+    seeds: torch.Tensor | None,
+    p: float,
     needs: Sequence[bool],
     backend: str,
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
@@ -359,14 +443,15 @@ class MLPFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        options: tuple[str | None, str | None, float, str],
+        options: tuple[str | None, str | None, float, float, str],
+        seeds: torch.Tensor | None,
         input: torch.Tensor,
         *parameters: torch.Tensor | None,
     ) -> torch.Tensor:
-        activation, out_activation, negative_slope, backend = options
+        activation, out_activation, negative_slope, p, backend = options
         layers = len(parameters) // 2
         last = layers - 1
-        needs = ctx.needs_input_grad[1:]
+        needs = ctx.needs_input_grad[2:]
         first = _lowest(needs)
         y, hidden, zs = _mlp_fwd.below(
             input,
@@ -375,6 +460,8 @@ class MLPFunction(torch.autograd.Function):
             activation,
             out_activation,
             negative_slope,
+            seeds,
+            p,
             first,
             backend,
         )
@@ -389,31 +476,31 @@ class MLPFunction(torch.autograd.Function):
         if saves == "z":
             inner = [*inner[:first], *zs[: max(last - first, 0)]]
         outer = y if out_saves == "y" else zs[-1] if out_saves == "z" else None
-        ctx.save_for_backward(input, *parameters, *results, *inner, outer)
+        ctx.save_for_backward(seeds, input, *parameters, *results, *inner, outer)
         ctx.options = options
         ctx.saves = saves
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        needs = ctx.needs_input_grad[1:]
+        needs = ctx.needs_input_grad[2:]
         layers = len(needs) // 2
-        input, *kept = ctx.saved_tensors
+        seeds, input, *kept = ctx.saved_tensors
         weights, biases = kept[:layers], kept[layers : 2 * layers]
-        activation, out_activation, negative_slope, backend = ctx.options
+        activation, out_activation, negative_slope, p, backend = ctx.options
         if _dispatch.differentiates():
             gradients = _differentiable_backward(
-                dy, input, weights, biases, needs, activation, out_activation, negative_slope
+                dy, input, weights, biases, needs, activation, out_activation, negative_slope, seeds, p
             )
-            return (None, *gradients)
+            return (None, None, *gradients)
         results, inner, outer = kept[2 * layers : 3 * layers - 1], kept[3 * layers - 1 : -1], kept[-1]
         inputs = [x if needs[1 + i] else None for i, x in enumerate((input, *results))]
         saved = [*(results if ctx.saves == "y" else inner), outer]
         dx, dws, dbs = _mlp_backward.below(
-            dy, inputs, weights, saved, activation, out_activation, negative_slope, needs, backend
+            dy, inputs, weights, saved, activation, out_activation, negative_slope, seeds, p, needs, backend
         )
         found = (dx, *dws, *dbs)
-        return (None, *(g if need else None for g, need in zip(found, needs, strict=True)))
+        return (None, None, *(g if need else None for g, need in zip(found, needs, strict=True)))
 
 
 def _differentiable_backward(
@@ -425,6 +512,8 @@ def _differentiable_backward(
     activation: str | None,
     out_activation: str | None,
     negative_slope: float,
+    seeds: torch.Tensor | None,
+    p: float,
 ) -> tuple[torch.Tensor | None, ...]:
     layers = len(weights)
 
@@ -432,6 +521,8 @@ def _differentiable_backward(
         for i in range(layers):
             act = out_activation if i == layers - 1 else activation
             x = lookup(act).eager(F.linear(x, parameters[i], parameters[layers + i]), negative_slope)
+            if seeds is not None and i < layers - 1:
+                x = _eager_dropout(x, seeds[i, :1], p)
         return x
 
     return _dispatch.differentiable_vjp(eager, (input, *weights, *biases), needs, dy)
@@ -444,15 +535,17 @@ def _mlp_autograd(
     activation: str | None,
     out_activation: str | None,
     negative_slope: float,
+    seeds: torch.Tensor | None,
+    p: float,
     backend: str,
 ) -> torch.Tensor:
     # Decided here: inside the Function, needs_input_grad is True even under no_grad.
     if torch.is_grad_enabled() and (
         input.requires_grad or any(p is not None and p.requires_grad for p in (*weights, *biases))
     ):
-        options = (activation, out_activation, negative_slope, backend)
-        return MLPFunction.apply(options, input, *weights, *biases)
-    return _mlp.below(input, weights, biases, activation, out_activation, negative_slope, backend)
+        options = (activation, out_activation, negative_slope, p, backend)
+        return MLPFunction.apply(options, seeds, input, *weights, *biases)
+    return _mlp.below(input, weights, biases, activation, out_activation, negative_slope, seeds, p, backend)
 
 
 def _result_only(forward: Any) -> Any:
@@ -462,19 +555,19 @@ def _result_only(forward: Any) -> Any:
 
 _mlp = _dispatch.define(
     "mlp(Tensor input, Tensor[] weights, Tensor?[] biases, str? activation, str? out_activation, float negative_slope, "
-    "str backend) -> Tensor",
+    "Tensor? seeds, float p, str backend) -> Tensor",
     triton=_result_only(_fwd_triton),
     fallback=_result_only(_fwd_fallback),
     eager=_result_only(_fwd_eager),
-    fake=lambda input, weights, biases, activation, out_activation, slope, backend: _fwd_fake(
-        input, weights, biases, activation, out_activation, slope, len(weights), backend
+    fake=lambda input, weights, biases, activation, out_activation, slope, seeds, p, backend: _fwd_fake(
+        input, weights, biases, activation, out_activation, slope, seeds, p, len(weights), backend
     )[0],
     autograd=_mlp_autograd,
     autocast=_dispatch.cast_floating,
 )
 _mlp_fwd = _dispatch.define(
     "mlp_fwd(Tensor input, Tensor[] weights, Tensor?[] biases, str? activation, str? out_activation, "
-    "float negative_slope, int first, str backend) -> (Tensor, Tensor[], Tensor[])",
+    "float negative_slope, Tensor? seeds, float p, int first, str backend) -> (Tensor, Tensor[], Tensor[])",
     triton=_fwd_triton,
     fallback=_fwd_fallback,
     eager=_fwd_eager,
@@ -482,7 +575,8 @@ _mlp_fwd = _dispatch.define(
 )
 _mlp_backward = _dispatch.define(
     "mlp_backward(Tensor dy, Tensor?[] inputs, Tensor[] weights, Tensor?[] saved, str? activation, "
-    "str? out_activation, float negative_slope, bool[] needs, str backend) -> (Tensor, Tensor[], Tensor[])",
+    "str? out_activation, float negative_slope, Tensor? seeds, float p, bool[] needs, str backend) "
+    "-> (Tensor, Tensor[], Tensor[])",
     triton=_bwd_triton,
     fallback=_bwd_fallback,
     eager=_bwd_eager,
@@ -499,11 +593,14 @@ def _explain(
     activation: str | None,
     out_activation: str | None = None,
     negative_slope: float = 0.01,
+    dropout: float = 0.0,
+    training: bool = True,
 ) -> tuple[torch.Tensor, Any]:
     _checks.require_tensor("mlp", "input", input)
     weights = _listed("weights", weights)
     bs = [None] * len(weights) if biases is None else _listed("biases", biases)
     _check(input, weights, bs, activation, out_activation)
+    drops = training and dropout != 0
 
     def steps(backend: str) -> list[tuple[str, str]]:
         saves = saved_for_backward(activation, negative_slope)
@@ -523,7 +620,8 @@ def _explain(
         # What a training step launches.
         found = []
         last = len(weights) - 1
-        tiles = kernels.mlp_tiles(_rows(input), weights, activation, out_activation, negative_slope)
+        tiles = kernels.mlp_tiles(_rows(input), weights, activation, out_activation, negative_slope, drops)
+        mask = ("_dropout_kernel", str(configs.dropout_tile(input.dtype)))
         sums = ("_sum_kernel", "adds the column sums of the bias's gradient")
         for name, tile in tiles.items():
             if name == f"dw{last}":
@@ -538,6 +636,9 @@ def _explain(
             else:
                 kernel = "_linear_tma_kernel" if tile.tma else "_linear_kernel"
                 found.append((f"{kernel} ({name})", str(tile)))
+            hidden = name.startswith("dz") or (name.startswith("x") and name != f"x{len(weights)}")
+            if drops and hidden and isinstance(tile, configs.CuBlas):
+                found.append(mask)
             if name.startswith("dz"):
                 below = int(name[2:])
                 if isinstance(tile, configs.CuBlas) and (saves or bs[below] is not None):

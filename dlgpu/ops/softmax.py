@@ -124,7 +124,8 @@ def _along(
     if dim is None:
         warnings.warn(
             f"Implicit dimension choice for {op} has been deprecated. Change the call to include dim=X as an argument.",
-            stacklevel=stacklevel,
+            # One more for dlgpu.functional's wrapper.
+            stacklevel=stacklevel + 1,
         )
         dim = 0 if input.dim() in (0, 1, 3) else 1
     _checks.require_integer(op, "dim", dim)
@@ -205,7 +206,6 @@ _softmax_backward = _dispatch.define(
     "softmax_backward(Tensor dy, Tensor y, bool log, str backend) -> Tensor",
     triton=kernels.softmax_bwd,
     fallback=_bwd_fallback,
-    eager=_bwd_eager,
     fake=lambda dy, y, log, backend: y.new_empty(y.shape),
 )
 
@@ -219,11 +219,6 @@ def _lse_fallback(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return to_tensor(lse.reshape(x.shape[:-1]), x.dtype), to_tensor(stats, _statistics_dtype(x))
 
 
-def _lse_eager(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """torch's own, which keeps no statistics: backward recomputes them."""
-    return torch.logsumexp(x, -1), x.new_zeros((2, x.shape[:-1].numel()), dtype=_statistics_dtype(x))
-
-
 def _lse_fake(x: torch.Tensor, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     lse = x.new_empty(x.shape[:-1])
     return lse, x.new_empty((2, lse.numel()), dtype=_statistics_dtype(x))
@@ -232,10 +227,6 @@ def _lse_fake(x: torch.Tensor, backend: str) -> tuple[torch.Tensor, torch.Tensor
 def _lse_bwd_fallback(dlse: torch.Tensor, x: torch.Tensor, stats: torch.Tensor) -> torch.Tensor:
     dx = arrays.logsumexp_bwd(to_array(dlse.reshape(-1)), _array_rows(x), to_array(stats))
     return to_tensor(dx.reshape(x.shape), x.dtype)
-
-
-def _lse_bwd_eager(dlse: torch.Tensor, x: torch.Tensor, stats: torch.Tensor) -> torch.Tensor:
-    return dlse.unsqueeze(-1) * (x - torch.logsumexp(x, -1, True)).exp()
 
 
 class LogSumExpFunction(torch.autograd.Function):
@@ -267,7 +258,7 @@ _logsumexp = _dispatch.define(
     "logsumexp(Tensor input, str backend) -> Tensor",
     triton=lambda x: kernels.logsumexp_fwd(x)[0],
     fallback=lambda x: _lse_fallback(x)[0],
-    eager=lambda x: _lse_eager(x)[0],
+    eager=lambda x: torch.logsumexp(x, -1),
     fake=lambda x, backend: x.new_empty(x.shape[:-1]),
     autograd=_logsumexp_autograd,
     autocast=_to_float32_on_cuda,
@@ -276,14 +267,12 @@ _logsumexp_fwd = _dispatch.define(
     "logsumexp_fwd(Tensor input, str backend) -> (Tensor, Tensor)",
     triton=kernels.logsumexp_fwd,
     fallback=_lse_fallback,
-    eager=_lse_eager,
     fake=_lse_fake,
 )
 _logsumexp_backward = _dispatch.define(
     "logsumexp_backward(Tensor dlse, Tensor input, Tensor stats, str backend) -> Tensor",
     triton=kernels.logsumexp_bwd,
     fallback=_lse_bwd_fallback,
-    eager=_lse_bwd_eager,
     fake=lambda dlse, x, stats, backend: x.new_empty(x.shape),
 )
 
