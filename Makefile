@@ -4,13 +4,13 @@
 # make sweep                  compile every reachable kernel configuration, no GPU needed
 # make check                  ruff, mypy, architecture test, documentation
 # make docs                   the documentation, in build/docs: warnings are errors
-# make gpu                    the benchmark's GPU part
+# make gpu                    tests, checkers, tuning, timings and counters on an NVIDIA GPU; installs nothing
 # make clean                  builds and caches; keeps the environment and bench-results/
 #
 # Each makes .venv and installs into it when needed.
 #   SYSTEM=1                  reuse a torch that is already installed
 #   VENV= PYTHON=python3      install nothing, use this Python as it is
-#   PIP_ARGS, PYTEST_ARGS, BENCH_ARGS   more arguments for pip, pytest, the benchmark
+#   PIP_ARGS, PYTEST_ARGS, BENCH_ARGS, GPU_ARGS   more arguments for pip, pytest, the benchmark, its GPU part
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -44,8 +44,12 @@ ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 bench: $(READY)
 	$(PY) -m dlgpu.bench $(BENCH_ARGS)
 
-gpu: $(READY)
-	$(PY) -m dlgpu.bench gpu $(BENCH_ARGS)
+# With what is there: no environment is made for it, and no network needed.
+GPU_PY = $(or $(if $(strip $(VENV)),$(wildcard $(VENV)/bin/python)),$(PYTHON))
+gpu: export PYTHONPATH := $(CURDIR)$(addprefix :,$(PYTHONPATH))
+gpu:
+	@$(GPU_PY) -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None and "no torch: make gpu PYTHON=...")'
+	$(GPU_PY) -m dlgpu.bench gpu $(BENCH_ARGS) $(GPU_ARGS)
 
 # Tests of speed have every core to themselves. Pytest's exit status 5 means that none were selected.
 test: $(READY)

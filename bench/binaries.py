@@ -1,4 +1,4 @@
-"""Work for a process of its own, in which kernels are compiled: `python -m dlgpu.bench.binaries explain JSON`.
+"""Work for a process of its own, in which kernels are compiled: `python -m dlgpu.bench.binaries JOB`.
 
 Interpreted and compiled kernels never share a process. The results come out as one JSON object a line, as `interpreted` reads
 them.
@@ -7,12 +7,12 @@ them.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from types import FrameType
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -20,7 +20,7 @@ import dlgpu
 from dlgpu import _dispatch
 
 from . import launches, machine_code
-from .cases import STEP, Make, Op
+from .cases import OPS, STEP, Make, Op
 from .cases._base import bind
 
 __all__ = ["choices", "main", "steps"]
@@ -93,6 +93,18 @@ def _figures(code: machine_code.MachineCode) -> dict[str, Any]:
     }
 
 
+def _arguments(function: Any, frame: FrameType) -> dict[str, Any]:
+    """What a function that has just been entered was called with, by name, but for defaults."""
+    found: dict[str, Any] = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        value = frame.f_locals[name]
+        if parameter.kind is parameter.VAR_KEYWORD:
+            found |= value
+        elif parameter.kind is not parameter.VAR_POSITIONAL and value is not parameter.default:
+            found[name] = value
+    return found
+
+
 def choices(
     op: Op,
     shape: Mapping[str, int],
@@ -103,46 +115,65 @@ def choices(
 ) -> list[dict[str, str]]:
     """What `dlgpu.explain` says of the library's functions that the op calls: {op, step, what}, of a training step."""
     limits = _limits(capability, multiprocessors)
-    calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+    calls: list[tuple[str, dict[str, Any]]] = []
+    # By their code: whatever name the op's function has them under.
+    functions = {
+        function.__code__: (name, function)
+        for name in _dispatch._explainers
+        if (function := inspect.unwrap(getattr(dlgpu.functional, name, lambda: None)))
+    }
 
-    def watched(name: str, real: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            calls.append((name, args, kwargs))
-            return real(*args, **kwargs)
-
-        return call
+    def watch(frame: FrameType, event: str, argument: Any) -> None:
+        if event == "call" and frame.f_code in functions:
+            name, function = functions[frame.f_code]
+            calls.append((name, _arguments(function, frame)))
 
     def bound() -> Any:
         call = bind(op, op.functions["dlgpu"], shape, op.passes[0], Make("meta", dtype), options)
         if "params" in call.inputs:
-            calls.append((op.name, (call.inputs["params"],), {}))
+            calls.append((op.name, {"params": call.inputs["params"]}))
         return call
 
-    with ExitStack() as stack:
-        for name in _dispatch._explainers:
-            if real := getattr(dlgpu.functional, name, None):
-                stack.enter_context(mock.patch.object(dlgpu.functional, name, watched(name, real)))
+    before = sys.getprofile()
+    sys.setprofile(watch)
+    try:
         launches.dry_run(bound, limits)
+    finally:
+        sys.setprofile(before)
     found = []
     with launches._patched("device_limits", lambda device: limits):
-        for name, args, kwargs in calls:
-            for step, what in dlgpu.explain(name, *args, **kwargs).steps:
+        for name, given in calls:
+            for step, what in dlgpu.explain(name, **given).steps:
                 found.append({"op": name, "step": step, "what": what})
     return found
 
 
-def main(arguments: list[str]) -> None:
-    """`explain JSON`, the JSON an object of op, shape, passes, dtype, options, capability and multiprocessors."""
-    from .cases import OPS
-
-    _, text = arguments
+def _explain(text: str) -> Iterator[dict[str, Any]]:
     given = json.loads(text)
     op, dtype = OPS[given["op"]], getattr(torch, given["dtype"])
     where = (given["capability"], given["multiprocessors"])
     for choice in choices(op, given["shape"], dtype, given["options"], *where):
-        print(json.dumps({"kind": "choice", **choice}), flush=True)
-    for step in steps(op, given["shape"], given["passes"], dtype, given["options"], *where):
-        print(json.dumps(step), flush=True)
+        yield {"kind": "choice", **choice}
+    yield from steps(op, given["shape"], given["passes"], dtype, given["options"], *where)
+
+
+def _launches(capability: int, names: list[str]) -> Iterator[dict[str, Any]]:
+    """Of ops at their default size, shapes and names alone: nothing is compiled."""
+    for name in names:
+        op = OPS[name]
+        shape, dtype = next(iter(op.shapes.values())), op.dtypes[0]
+        found = steps(op, shape, op.passes[-1], dtype, {}, capability, 132, compiled=False)
+        chosen = choices(op, shape, dtype, {}, capability, 132)
+        kernels = [step["name"] for step in found if step["kind"] == "launch"]
+        yield {"op": name, "kernels": kernels, "choices": [choice["step"] for choice in chosen]}
+
+
+def main(arguments: list[str]) -> None:
+    """`explain JSON`, the JSON an object of op, shape, passes, dtype, options, capability and multiprocessors; or
+    `launches CAPABILITY OP...`."""
+    job, first, *rest = arguments
+    for result in _explain(first) if job == "explain" else _launches(int(first), rest):
+        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

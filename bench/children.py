@@ -95,7 +95,8 @@ class Lines:
             start_new_session=True,
         )
         self._lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, args=(text,), daemon=True).start()
+        self._reader = threading.Thread(target=self._read, args=(text,), daemon=True)
+        self._reader.start()
 
     def _read(self, text: str) -> None:
         process = self._process
@@ -142,6 +143,10 @@ class Lines:
         # What it started may be there still where itself is gone.
         self._signal(signal.SIGKILL)
         self.status = self._process.wait()
+        # Its output is at its end, unless somebody else has it still.
+        self._reader.join(1.0)
+        if not self._reader.is_alive() and self._process.stdout is not None:
+            self._process.stdout.close()
 
     def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):

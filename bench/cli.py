@@ -97,15 +97,22 @@ class _Group(click.Group):
             raise unknown("command", args[0], COMMANDS)
         return super().parse_args(ctx, args)
 
-    def main(self, args: Sequence[str] | None = None, standalone_mode: bool = True, **more: Any) -> Any:
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
         given = list(sys.argv[1:] if args is None else args)
         # An option of them all, wherever it stands.
         traceback = "--traceback" in given
         given = [argument for argument in given if argument != "--traceback"]
-        more["obj"] = {"traceback": traceback}
+        extra["obj"] = {"traceback": traceback}
         status = 0
         try:
-            status = super().main(given, standalone_mode=False, **more) or 0
+            status = super().main(given, prog_name, complete_var, False, **extra) or 0
         except (UsageError, click.ClickException) as error:
             if traceback:
                 raise

@@ -64,15 +64,12 @@ class Kept(Results):
         earlier = self._earlier(path, environment, rehearse)
         if earlier is None and (folder / stages.TESTS).exists():
             _set_aside(folder / stages.TESTS)
-        super().__init__(path, arguments, environment)
-        self.document |= {"rehearsal": rehearse, "calls": 1, "pieces": {}}
+        beside: Row = {"rehearsal": rehearse, "calls": 1, "pieces": {}}
         if earlier is not None:
-            self._start -= earlier["seconds"]
-            self.document["started"] = earlier["started"]
-            self.document["rows"] = earlier["rows"]
-            self.document["calls"] = int(earlier.get("calls", 1)) + 1
-            self.document["pieces"] = earlier["pieces"]
-        self.save()
+            beside |= {key: earlier[key] for key in ("started", "rows", "pieces", "seconds")}
+            beside["calls"] = int(earlier.get("calls", 1)) + 1
+        super().__init__(path, arguments, environment, beside=beside)
+        self._start -= self.document["seconds"]
 
     @staticmethod
     def _earlier(path: Path, environment: Row, rehearse: bool) -> Row | None:

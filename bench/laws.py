@@ -32,7 +32,7 @@ from dlgpu.kernels import _triton, configs
 
 from .cases import BOTH, OPS, STEP, Make, Op
 from .cases._base import bind
-from .launches import Record, dry_run, recording
+from .launches import Limits, Record, dry_run, recording
 from .unfused import Row
 
 __all__ = [
@@ -514,14 +514,19 @@ def _fit_one(kernel: str, operand: str, quantity: str, counts: Sequence[tuple[Re
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """A small size at which an op is metered; `patches` replace functions of kernels/configs.py that choose how much a launch
-    takes at once, where no small size makes them cut."""
+    """A small size at which an op is metered.
+
+    patches: replace functions of kernels/configs.py that choose how much a launch takes at once, where no small size makes
+        them cut.
+    limits: of the GPU that the interpreter is to pose as; its own if None.
+    """
 
     shape: Mapping[str, int]
     dtype: torch.dtype = torch.bfloat16
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     passes: str = BOTH
     patches: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    limits: Limits | None = None
 
     def __str__(self) -> str:
         return " ".join(
@@ -560,9 +565,9 @@ def meter(op: Op, probe: Probe) -> list[Sample]:
                 # The first step makes the states.
                 run()
             traffic = TrafficMeter()
-            with recording(watch=traffic.watch) as records, traffic:
+            with recording(probe.limits, watch=traffic.watch) as records, traffic:
                 run()
-        limits = _triton.device_limits(torch.device("cpu"))
+        limits = probe.limits or _triton.device_limits(torch.device("cpu"))
         dry = dry_run(lambda: call("meta"), limits, warm=stepping)
     expected = [step for step in dry if not isinstance(step, Row)]
     if records != expected:
@@ -607,6 +612,8 @@ def _probes(names: str, *rows: tuple[int, ...], **settings: Any) -> tuple[Probe,
 
 
 _FP32, _FP16 = torch.float32, torch.float16
+# A GPU on which cuBLAS takes all products of 16 bits.
+_CUBLAS = (75, 64 * 1024, 40)
 _CUT = {"linear_cross_entropy_chunk": 128, "linear_cross_entropy_split": 2}
 _MN = Probes(
     _probes("M N", (25, 40), (90, 103)), (*_probes("M N", (7, 333), dtype=_FP32), *_probes("M N", (77, 51)))
@@ -652,8 +659,8 @@ PROBES: dict[str, Probes] = {
     "linear": Probes(
         (
             # The last one's batch is cut into parts.
-            *_probes("M N K", (33, 40, 24), (130, 136, 72), (150, 40, 264), (2100, 24, 16)),
-            *_probes("M N K", (130, 136, 72), (70, 33, 7), dtype=_FP32),
+            *_probes("M N K", (33, 40, 24), (130, 72, 40), (70, 136, 200), (2100, 24, 16)),
+            *_probes("M N K", (130, 72, 40), (70, 33, 7), dtype=_FP32),
             *_probes("M N K", (70, 48, 16), options={"activation": "none"}),
         ),
         (
@@ -667,8 +674,8 @@ PROBES: dict[str, Probes] = {
     ),
     "mlp": Probes(
         (
-            *_probes("M I H O L", (70, 24, 40, 16, 2), (130, 72, 136, 24, 3), (70, 16, 72, 10, 2)),
-            *_probes("M I H O L", (70, 24, 40, 16, 2), (130, 72, 136, 24, 2), dtype=_FP32),
+            *_probes("M I H O L", (70, 24, 40, 16, 2), (130, 40, 72, 24, 2), (70, 16, 72, 10, 2)),
+            *_probes("M I H O L", (70, 24, 40, 16, 2), (130, 40, 72, 24, 2), dtype=_FP32),
         ),
         (
             *_probes("M I H O L", (65, 16, 48, 8, 3), dtype=_FP16),
@@ -680,13 +687,14 @@ PROBES: dict[str, Probes] = {
         (
             *_probes("M H K", (33, 40, 24), (130, 72, 40)),
             *_probes("M H K", (70, 48, 16), (130, 24, 72), dtype=_FP32),
-            # Its derivative takes h.
             *_probes("M H K", (70, 48, 16), options={"unit": "glu"}),
+            *_probes("M H K", (25, 40, 24), (90, 103, 8), dtype=_FP16, limits=_CUBLAS),
         ),
         (
             *_probes("M H K", (65, 48, 24), dtype=_FP16),
             *_probes("M H K", (7, 9, 30), dtype=_FP32),
             *_probes("M H K", (70, 48, 16), options={"unit": "reglu"}),
+            *_probes("M H K", (33, 24, 16), dtype=_FP16, limits=_CUBLAS),
         ),
         like=("linear",),
     ),
@@ -700,7 +708,7 @@ PROBES: dict[str, Probes] = {
             *_probes("N V", (9, 304), (2, 8300), options={"label_smoothing": 0.1}),
         ),
         (
-            *_probes("N V", (18, 1003), (17, 8192)),
+            *_probes("N V", (18, 1003), (5, 8192)),
             *_probes("N V", (3, 12345), dtype=_FP32),
             *_probes("N V", (11, 1001), (2, 20000), options={"grad_in_forward": True}),
             *_probes("N V", (5, 77), options={"target": "probabilities"}),
@@ -709,13 +717,13 @@ PROBES: dict[str, Probes] = {
     "linear_cross_entropy": Probes(
         (
             *_probes("N V H", (70, 152, 48), (130, 272, 64)),
-            *_probes("N V H", (70, 152, 48), (130, 272, 64), options={"memory": "lean"}),
-            *_probes("N V H", (70, 400, 48), (130, 272, 32), patches=_CUT),
+            *_probes("N V H", (70, 400, 48), patches=_CUT),
             *_probes("N V H", (70, 400, 48), (130, 272, 32), patches=_CUT, options={"memory": "lean"}),
         ),
         (
             *_probes("N V H", (75, 300, 33), dtype=_FP32),
-            *_probes("N V H", (140, 520, 16), patches=_CUT, options={"memory": "lean"}),
+            *_probes("N V H", (40, 520, 16), patches=_CUT, options={"memory": "lean"}),
+            *_probes("N V H", (130, 200, 16), options={"memory": "lean"}),
         ),
         like=("linear",),
     ),
@@ -737,7 +745,7 @@ PROBES: dict[str, Probes] = {
         (*_probes("M N", (11, 333), dtype=_FP32), *_probes("M N", (2, 8500), options={"p": 2})),
     ),
     "batch_norm": Probes(
-        _probes("N C", (100, 40), (70, 24), (520, 30), (1030, 16)),
+        _probes("N C", (100, 40), (70, 24), (520, 30), (700, 16)),
         (*_probes("N C", (600, 20), dtype=_FP32), *_probes("N C", (33, 17))),
     ),
     "layer_norm": _NORM,
@@ -779,6 +787,10 @@ class Meter:
             own = [sample for probe in probes.fit for sample in meter(OPS[name], probe)]
             self._samples[name] = own + [sample for other in probes.like for sample in self.samples(other)]
         return self._samples[name]
+
+    def derive_fitted(self, name: str) -> Laws:
+        """An op's laws, not yet held to other sizes."""
+        return fit(self.samples(name))
 
     def derive(self, name: str) -> Derived:
         """Meters an op, fits its laws and holds them to the other sizes.

@@ -25,9 +25,9 @@ import torch
 
 from dlgpu.kernels import _triton
 
-from . import ceilings, compiled, gpus, interpreted, report, run, unfused
+from . import ceilings, compiled, gpus, interpreted, report, run, tables, unfused
 from .cases import BOTH, OPS, STEP, Make, Op
-from .cases._base import Bound
+from .cases._base import Bound, NotOffered
 from .cli import Names, unknown
 from .environment import UsageError, describe, find_gpu
 from .gpus import GPUS, Gpu
@@ -204,7 +204,7 @@ def rows(
 
     Raises:
         UsageError: there is no such shape or option.
-        interpreter.InterpreterError: the process that meters the kernels failed.
+        interpreted.InterpreterError: the process that meters the kernels failed.
     """
     settings = settings or Settings()
     wanted = list(dict.fromkeys(names)) or list(OPS)
@@ -233,7 +233,11 @@ def _case(op: Op, settings: Settings) -> _Case:
 
 
 def _rows_of(case: _Case, laws: Laws, gpu_list: Sequence[Gpu], settings: Settings) -> Iterator[Row]:
-    operations = {"torch eager": eager(case)}
+    try:
+        operations = {"torch eager": eager(case)}
+    except NotOffered as error:
+        yield {"section": "model", "kind": "skipped", "title": f"MODEL: {case.title}", "reason": str(error)}
+        return
     absent = None
     if settings.inductor:
         try:
@@ -380,17 +384,23 @@ def _crossover(
 
 
 def _reading(name: str, found: Sequence[tuple[int, float]]) -> Row:
-    """In words, and the sizes between which it happens."""
-    pays = [gain >= 1 + WORTH for _, gain in found]
+    """In words; and where it stops paying, the last size that pays and the next one that does not."""
+    sizes, pays = [size for size, _ in found], [gain >= 1 + WORTH for _, gain in found]
     if not found:
         return {"pays": "not known", "pays_short": "", "between": None}
     if all(pays) or not any(pays):
         where = "throughout" if all(pays) else "nowhere"
         return {"pays": f"{where}: none found in range", "pays_short": where, "between": None}
-    at = next(i for i in range(len(pays)) if pays[i] != pays[i + 1])
-    low, high = found[at][0], found[at + 1][0]
-    text = f"{name} <= {low}" if pays[at] else f"{name} >= {high}"
-    return {"pays": text, "pays_short": text, "between": [low, high]}
+    last = max(i for i, paying in enumerate(pays) if paying)
+    # Of several ranges the last is told; `gains` has them all.
+    first = next((i + 1 for i in range(last, -1, -1) if not pays[i]), 0)
+    text = name
+    if first:
+        text = f"{sizes[first]} <= {text}"
+    if last + 1 < len(sizes):
+        text = f"{text} <= {sizes[last]}"
+    between = [sizes[last], sizes[last + 1]] if last + 1 < len(sizes) else None
+    return {"pays": text, "pays_short": text, "between": between}
 
 
 def _figures(path: Path) -> dict[str, float]:
@@ -583,4 +593,13 @@ def _show(names: Sequence[str], gpu_list: Sequence[Gpu], settings: Settings, out
 
 def remarks(row: Row) -> list[str]:
     """What a row says beside its columns."""
-    return [f"    MODEL: {row['absent']}"] if row.get("absent") else []
+    found = []
+    if row.get("saved_by_launches_s") is not None:
+        by_bytes, by_launches = (tables.seconds(row[f"saved_by_{what}_s"]) for what in ("bytes", "launches"))
+        found.append(
+            f"    MODEL: against eager, {tables.bytes_text(row['saved_bytes'])} not moved save {by_bytes}, "
+            f"{row['saved_launches']} launches not made {by_launches}"
+        )
+    if row.get("absent"):
+        found.append(f"    MODEL: {row['absent']}")
+    return found

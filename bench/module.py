@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 import dlgpu
 
@@ -174,7 +174,7 @@ class Step:
     ) -> None:
         self.model = copy.deepcopy(subject.model)
         self.loss_fn: Any = copy.deepcopy(subject.loss_fn)
-        self._inputs, self._targets = subject.inputs, subject.targets
+        self.inputs, self.targets = subject.inputs, subject.targets
         if not dropout:
             for module in self.model.modules():
                 if isinstance(module, torch.nn.modules.dropout._DropoutNd):
@@ -203,13 +203,13 @@ class Step:
 
     def forward(self) -> torch.Tensor:
         """The loss."""
-        given = self._inputs
+        given = self.inputs
         if isinstance(given, Mapping):
             output = self._forward(**given)
         else:
             output = self._forward(*(given if isinstance(given, (tuple, list)) else (given,)))
         if self.loss_fn is not None:
-            loss = self.loss_fn(output, *self._targets)
+            loss = self.loss_fn(output, *self.targets)
         elif isinstance(output, torch.Tensor):
             loss = output if not output.dim() else output.float().square().mean()
         else:
@@ -356,10 +356,11 @@ class _Comparison:
         return _Case(str(self.subject.dtype).removeprefix("torch."), {"parameters": parameters})
 
     def _costs(self, step: Step) -> dict[str, int | None]:
-        parameters = itertools.chain(step.model.parameters(), step.model.buffers())
+        fed = (x for x in tree_leaves((step.inputs, step.targets)) if isinstance(x, torch.Tensor))
+        there = itertools.chain(step.model.parameters(), step.model.buffers(), fed)
         return {
             "peak_memory": memory.peak_bytes(step, self.device),
-            "saved": memory.saved_bytes(step.forward, parameters),
+            "saved": memory.saved_bytes(step.forward, there),
         }
 
     def _verified(self, context: Context, able: dict[str, Callable[..., Step]]) -> Iterator[Row]:

@@ -386,6 +386,8 @@ class Results:
     Args:
         out: a folder, which is made if it is not there; or a file whose name ends in .json.
         tell: called with a line for the user, where something could not be written.
+        beside: further keys of the document, or other values of those there are, from the first write on: such as the rows
+            of results that are gone on with.
 
     Attributes:
         json_path, markdown_path: where the rows are; of no use where `lost` is true, for then they were printed.
@@ -400,6 +402,7 @@ class Results:
         arguments: dict[str, Any],
         environment: dict[str, Any],
         tell: Callable[[str], None] | None = None,
+        beside: Mapping[str, Any] | None = None,
     ) -> None:
         now = datetime.datetime.now(datetime.UTC)
         self._start = time.monotonic()
@@ -414,6 +417,7 @@ class Results:
             "arguments": arguments,
             "environment": environment,
             "rows": [],
+            **(beside or {}),
         }
         # Each row's JSON: a long run would else encode its first rows again after each of the later ones.
         self._encoded: list[str] = []

@@ -230,9 +230,6 @@ def _examples(names: Iterable[str]) -> str:
 @click.option(
     "--batch", type=click.IntRange(1), metavar="N", help="Of --module: call the function with batch=N."
 )
-@click.option(
-    "--batch", type=click.IntRange(1, 1 << 31), metavar="N", help="With --module: given to its function."
-)
 @click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True)
 @click.option("--cache", type=click.Choice(("cold", "hot")), help="Default: cold on a GPU.")
 @click.option("--timer", type=click.Choice(("graph", "events", "host")), help="Default: events on a GPU.")

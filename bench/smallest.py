@@ -62,9 +62,16 @@ class Small:
         }
 
 
-# Kernels that none of the sizes for metering launch on a large GPU.
+# Kernels, and forms of them, that no op's own cases launch.
 _MORE: dict[str, tuple[Callable[[], Op], tuple[Mapping[str, Any], ...]]] = {
     "clipped adam": (variants.clipped, ({"shape": {"n": 3003, "tensors": 5}, "dtype": torch.float32},)),
+    "gated network": (
+        variants.gated_network,
+        (
+            {"shape": {"M": 130, "H": 136, "K": 72}},
+            {"shape": {"M": 70, "H": 24, "K": 40}, "dtype": torch.float32},
+        ),
+    ),
     "adam with masters": (variants.with_masters, ({"shape": {"n": 3003, "tensors": 5}},)),
 }
 NAMES = (*(name for name in OPS if PROBES.get(name)), *_MORE)
@@ -76,7 +83,9 @@ def cases(name: str) -> list[Small]:
     if name in _MORE:
         make, settings = _MORE[name]
         op = make()
-        return [Small(op, **{"passes": STEP, **setting}) for setting in settings]
+        return [
+            Small(op, **{"passes": STEP if op.passes == (STEP,) else BOTH, **setting}) for setting in settings
+        ]
     op, found = OPS[name], dict[Any, Probe]()
     for probe in (*PROBES[name].fit, *PROBES[name].held_out):
         kind = json.dumps([str(probe.dtype), dict(probe.options), dict(probe.patches)], sort_keys=True)

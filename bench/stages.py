@@ -33,7 +33,7 @@ import torch
 from dlgpu.kernels import _triton, tuning
 
 from . import ceilings, model, rehearsal, smallest, tools, tune, variants
-from .cases import OPS, STEP
+from .cases import FORWARD, OPS, STEP
 from .cases._base import Bound, Make
 from .children import Lines, command, die_with_parent, environment, gpu_is_broken
 from .environment import PACKAGE, cores, one_line
@@ -41,7 +41,7 @@ from .gpu import TARGETS
 from .launches import Record, dry_run
 from .laws import LawError, Laws
 from .measure import Case
-from .providers import PROVIDERS, absent, offered
+from .providers import BOUNDS, PROVIDERS, absent, offered
 from .report import Console, load
 from .suite import Context, compare, limits
 from .tables import median
@@ -53,14 +53,14 @@ __all__ = ["STAGES", "Piece", "Task", "main", "plan", "summary"]
 Row = dict[str, Any]
 
 # In the order of a full run, with their parts of its time.
-STAGES: Mapping[str, float] = {"correctness": 8, "check": 3, "tune": 4, "bench": 9, "profile": 3}
+STAGES: Mapping[str, float] = {"correctness": 7, "check": 3, "tune": 4, "bench": 11, "profile": 3}
 RESULTS, TESTS = "gpu.json", "tests.jsonl"
 
 # What a process needs for its end.
 MARGIN_S = 5.0
 # A case's timing; verification, compilation and memory come on top.
 CASE_S = 3.0
-TUNE_DTYPES = {"bf16": tune.SHAPES, "fp16": tune.SHAPES[2:4], "fp32": tune.SHAPES[2:4]}
+TUNE_DTYPES = {"bf16": tune.SHAPES, "fp16": tune.SHAPES[2:3], "fp32": tune.SHAPES[2:4]}
 # Ops for which matrix products are tuned.
 _TUNED = ("linear", "mlp", "gated_linear", "linear_cross_entropy", "training_step")
 # These autotune every product, for a minute perhaps.
@@ -159,7 +159,7 @@ def _tests_folder() -> Path | None:
 
 
 def _log_lines(path: Path, source: str) -> list[Row]:
-    """Of each test the last that was written of it by the same source; half a line at the end is none."""
+    """Of each test the last that was written of it by the same source, but that it failed once; half a line is none."""
     found: dict[str, Row] = {}
     try:
         text = path.read_text(encoding="utf-8")
@@ -170,7 +170,10 @@ def _log_lines(path: Path, source: str) -> list[Row]:
             entry = json.loads(line)
         except ValueError:
             continue
-        if isinstance(entry, dict) and entry.get("source") == source and "id" in entry:
+        if not isinstance(entry, dict) or entry.get("source") != source or "id" not in entry:
+            continue
+        # Of a test that broke the GPU xdist says later that its worker is gone.
+        if found.get(entry["id"], {}).get("outcome") != "failed":
             found[entry["id"]] = entry
     return list(found.values())
 
@@ -442,6 +445,8 @@ class _Checked:
 
 
 def _tune_work(task: Task) -> dict[str, Work]:
+    until = time.monotonic() + task.seconds
+
     def work(piece: str) -> Work:
         _, dtype, shape = piece.split(" ")
 
@@ -454,7 +459,7 @@ def _tune_work(task: Task) -> dict[str, Work]:
                 dtype=dtype,
                 activations=[None] if task.rehearse else None,
                 out=Path(task.out) / f"{tuning.slug(card)}.json",
-                budget=_plan_of(task, piece).limit_s - 2 * MARGIN_S,
+                budget=max(1.0, min(_plan_of(task, piece).limit_s, until - time.monotonic()) - 2 * MARGIN_S),
                 rehearse=task.rehearse,
             )
             tune.tune(options, said.append)
@@ -490,25 +495,36 @@ class _Bench:
 def _benches(rehearse: bool) -> list[_Bench]:
     """By value: first what has goals, then the rest, then everybody else who offers the same, then what takes long."""
     first, others = [], []
+    seen = {(target[0], rival) for target in TARGETS for rival in target[5] if rival not in _SLOW}
     for name, shape, passes, dtype, options, rivals in TARGETS:
         op = OPS[name]
         case = Case(op, op.shapes[shape], passes, dtype, options, "cuda")
         title = " ".join([name, shape, passes, *(f"{k}={v}" for k, v in options.items()), case.dtype_name])
-        quick = tuple(rival for rival in rivals if rival not in _SLOW)
+        # With torch's own, so that there is a row where all others are absent.
+        quick = tuple(dict.fromkeys([*(rival for rival in rivals if rival not in _SLOW), "eager"]))
         goals = any(g.op == name and shape in g.shapes and g.passes == passes for g in GOALS)
         first.append((0 if goals else 1, _Bench(title, case, quick)))
-        rest = [
-            rival
-            for rival in (*PROVIDERS, *_SLOW)
-            if rival not in (*quick, "dlgpu", "fallback") and not offered(op, rival, case.options, passes)
-        ]
-        rest = list(dict.fromkeys(rest))
-        # One at a time: what one of them cannot do, or takes long for, keeps nothing from the others.
-        others += [
-            (3 if rival in _SLOW else 2, _Bench(f"{title} vs {rival}", case, (rival,), slow=rival in _SLOW))
-            for rival in rest
-            if not absent(PROVIDERS[rival], "cuda") or rehearse
-        ]
+        for rival in (*PROVIDERS, *_SLOW):
+            if rival in (*quick, "dlgpu", "fallback", *BOUNDS) or offered(op, rival, case.options, passes):
+                continue
+            goal = any(
+                (g.op, g.passes, g.against) == (name, passes, rival)
+                and shape in g.shapes
+                and {**op.defaults(), **g.options} == case.options
+                for g in GOALS
+            )
+            # Who is no part of a goal is measured once an op.
+            if not goal and (passes == FORWARD or (name, rival) in seen):
+                continue
+            # It is products that are autotuned.
+            if not goal and rival in _SLOW and op.flops is None:
+                continue
+            if (absent(PROVIDERS[rival], "cuda") and not rehearse) or (title, rival) in seen:
+                continue
+            seen |= {(name, rival), (title, rival)}
+            # One at a time: what one of them cannot do, or takes long for, keeps nothing from the others.
+            bench = _Bench(f"{title} vs {rival}", case, (rival,), slow=rival in _SLOW)
+            others.append((3 if rival in _SLOW else 2, bench))
     adam = OPS["adam"]
     forms = [
         ("adam many, the host's clock", adam, "many", "", torch.float32, ("torch-fused", "eager"), "host"),
@@ -551,7 +567,7 @@ def _bench_work(task: Task) -> dict[str, Work]:
         found = (
             ceilings.ceilings("cpu", 0.01, (torch.float32,), sizes=(1 << 16, 1 << 12, 32))
             if task.rehearse
-            else ceilings.ceilings("cuda", 1.0)
+            else ceilings.ceilings("cuda", 0.5)
         )
         for row in found:
             mine.append(row)
@@ -743,20 +759,20 @@ def plan(stage: str, rehearse: bool = False) -> list[Piece]:
     if stage == "correctness":
         return [Piece("the tests", 20, float("inf"))]
     if stage == "check":
-        checkers = tools.CHECKERS[:2] if rehearse else tools.CHECKERS
+        checkers = tools.CHECKERS[:1] if rehearse else tools.CHECKERS
         ops = _REHEARSED if rehearse else smallest.NAMES
         return [Piece(f"{checker} {name}", 15, float("inf")) for checker in checkers for name in ops]
     if stage == "tune":
         shapes = {"bf16": tune.SHAPES[:1]} if rehearse else TUNE_DTYPES
-        return [Piece(f"linear {dtype} {s}", 25, 90) for dtype, found in shapes.items() for s in found]
+        return [Piece(f"linear {dtype} {s}", 20, 90) for dtype, found in shapes.items() for s in found]
     if stage == "bench":
-        cases = [Piece(b.id, 40 if b.slow else 12, 150 if b.slow else 75) for b in _benches(rehearse)]
+        cases = [Piece(b.id, 20 if b.slow else 8, 150 if b.slow else 75) for b in _benches(rehearse)]
         return [Piece(_CEILINGS, 12, 60, again=True), Piece(_ABSENT, 1, 30), *cases]
     if stage == "profile":
         names = _profiled(rehearse)
         return [
-            *(Piece(f"counters {name}", 15, 75) for name in names),
-            *(Piece(f"achieved {name}", 5, 120) for name in names),
+            *(Piece(f"counters {name}", 12, 75) for name in names),
+            *(Piece(f"achieved {name}", 3, 120) for name in names),
         ]
     raise ValueError(f"no stage {stage!r}")
 

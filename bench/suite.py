@@ -8,11 +8,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import click
 import torch
 
-from . import ceilings, digits, interpreted
+from dlgpu.kernels import configs
+
+from . import ceilings, digits, interpreted, tables
 from .cases import BOTH, FORWARD, OPS, STEP
 from .cases._base import NotOffered
 from .environment import Others, UsageError, choose_device, crowded, describe, find_gpu, header, one_line
@@ -121,6 +124,9 @@ def compare(
             return
         libraries = {name: function(case.described, name) for name in (ours, *rivals)}
         chosen, timer_name, cache = timer or timer_for(case.device)
+        known: Row = {}
+        if ours == "dlgpu":
+            known = {**counted(case, context.laws.get(case.op)), "config": cpu_config(case)}
         try:
             for row in measure(
                 case,
@@ -134,7 +140,7 @@ def compare(
                 best=limits(context.rows),
                 extras=extras,
                 progress=context.progress,
-                **(counted(case, context.laws.get(case.op)) if ours == "dlgpu" else {}),
+                **known,
             ):
                 if row.get("b") in BOUNDS:
                     row["note"] = "against its products alone"
@@ -147,7 +153,25 @@ def compare(
                 # Not left to the next job, which may need the memory.
                 torch.cuda.empty_cache()
 
-    return Job(section, case.title, rows, weight=weight, fixed_s=0.3 if case.device == "cpu" else 5.0)
+    return Job(section, case.title, rows, weight=weight, fixed_s=1.5 if case.device == "cpu" else 5.0)
+
+
+def cpu_config(case: Case) -> str | None:
+    """What dlgpu itself runs on a CPU, where it takes torch's own functions if those are ahead of NumPy: "torch", "NumPy" or
+    "both"."""
+    if case.device != "cpu":
+        return None
+    chosen: dict[str, None] = {}
+    rule = configs.cpu_backend
+
+    def recorded(*args: Any) -> str:
+        backend: str = rule(*args)
+        chosen["torch" if backend == "torch" else "NumPy"] = None
+        return backend
+
+    with mock.patch.object(configs, "cpu_backend", recorded):
+        case.bind(case.described.functions["dlgpu"], 0)()
+    return "both" if len(chosen) > 1 else next(iter(chosen), None)
 
 
 def too_large(case: Case) -> str | None:
@@ -517,11 +541,16 @@ def _where(results: Results) -> str:
 def _finish(console: Console, results: Results) -> int:
     kinds = {row["kind"] for row in results.rows}
     status = 3 if kinds & {"wrong", "impossible"} else 2 if "error" in kinds else 0
+    wanted = results.json_path
     results.finish("failed" if status else "complete")
+    if results.lost or results.json_path != wanted:
+        # They are not where they were to be.
+        status = status or 2
+    console.line(f"\n{tables.summary(results.document)}")
     if any(row.get("crowded") for row in results.rows):
-        console.line("\nOther work kept the cores busy: in rows that say so, the times are the scheduler's.")
+        console.line("Other work kept the cores busy: in rows that say so, the times are the scheduler's.")
     if not results.lost:
-        console.line(f"\nResults: {results.json_path} and {results.markdown_path}")
+        console.line(f"Results: {results.json_path} and {results.markdown_path}")
     return status
 
 

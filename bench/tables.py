@@ -61,7 +61,7 @@ NOTES = {
 }
 TITLES = {
     "digits": "Handwritten digits, 64-256-256-10, batch 64, the same weights and batches for all",
-    "ops": "The fallback against torch, both on this CPU, results checked against float64 first",
+    "ops": "dlgpu (which runs NumPy or torch itself) against torch on this CPU, results checked against float64",
     "run": "dlgpu against the others, results checked against float64 before and after",
     "module": "The user's own module",
     "bytes": "Bytes that a GPU would move",
@@ -260,9 +260,17 @@ _TIMING = (
     Column("ours", lambda row: seconds(median(row["samples_a_s"])), 8, 3),
     Column("theirs", lambda row: seconds(median(row["samples_b_s"])), 8, 3),
     Column("speed-up", _speed_up, 8),
-    Column("95% interval", _interval, 14, 2),
+    Column("95% interval", _interval, 12, 2),
     Column("", lambda row: verdict(row), 9, right=False),
-    Column("target", lambda row: _target(row), 24, 2, right=False),
+    # On a CPU: a GPU's configs have no room in a column.
+    Column(
+        "runs",
+        lambda row: plain((row.get("config") or "") if row["device"] == "cpu" else "", 5),
+        5,
+        2,
+        right=False,
+    ),
+    Column("target", lambda row: _target(row), 24, 5, right=False),
     Column("pairs", lambda row: str(row["pairs"]), 5, 6),
     Column("rates", _rates, 24, 5, right=False),
     Column("peak memory", _memory, 19, 7),
@@ -303,7 +311,8 @@ def _pays(row: Row) -> str:
 _MODEL = (
     Column("MODEL of", _model_title, right=False),
     Column("dtype", lambda row: _dtype(row), 8, 6, right=False),
-    Column("GPU", lambda row: plain(row.get("gpu") or "", 16), 14, right=False),
+    # A long title has a line of its own: the other one says it too.
+    Column("GPU", lambda row: "MODEL " + plain(row.get("gpu") or "", 16), 20, right=False),
     Column("bytes", lambda row: bytes_text(row.get("compulsory_bytes") or 0), 8, 2),
     Column("eager's", lambda row: _times_as_many(row, "torch eager"), 7, 3),
     Column("compiled's", lambda row: _times_as_many(row, "torch.compile"), 10, 4),
@@ -390,10 +399,12 @@ def alarms(document: Row) -> list[str]:
         found.append(f"Status: {plain(document['status'])}. Rows up to here are whole.")
     for kind in ALARMS:
         found += [sentence(row) for row in document["rows"] if row["kind"] == kind]
-    # Of tests and of checkers.
-    found += [sentence(row) for row in document["rows"] if row.get("failed") or row.get("errors")]
+    stages = [row for row in document["rows"] if row["kind"] in ("tests", "checker")]
+    found += [sentence(row) for row in stages if row.get("failed") or row.get("errors")]
     if crowded := sum(bool(row.get("crowded")) for row in document["rows"]):
-        found.append(f"{crowded} timings were taken while other work kept the cores busy: they say little.")
+        found.append(
+            f"{crowded} measurements were taken while other work kept the cores busy: they say little."
+        )
     return found
 
 

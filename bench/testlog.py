@@ -50,7 +50,7 @@ LAST = (
     ),
     *("test_cpu_speed", "test_cpu_backend", "test_cross_entropy_compile"),
 )
-FIRST = ("test_gpu",)
+FIRST = ("test_gpu", "test_gpu_large")
 _LONGEST_MESSAGE = 400
 _WORKER = "PYTEST_XDIST_WORKER" in os.environ
 

@@ -1,19 +1,21 @@
-"""Optimizers' steps in forms that training uses and that are no options of torch's: clipped, with masters, in a graph."""
+"""Ops in forms that training uses and that are no options of theirs: steps that are clipped, with masters, in a graph; the
+gated unit with the layer after it."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 import dlgpu
 
-from .cases import OPS, Op
+from .cases import OPS, Inputs, Make, Op, Shape
 from .cases._base import Kept
 
-__all__ = ["clipped", "in_a_graph", "with_masters"]
+__all__ = ["clipped", "gated_network", "in_a_graph", "with_masters"]
 
 # So large that nothing is clipped: torch's clipping writes into the gradients, and each call would start from other ones.
 # The work is the same.
@@ -113,3 +115,26 @@ def in_a_graph() -> Op:
     """Adam as a CUDA graph can hold it; on a CPU, which has none, as it is."""
     capturable = torch.cuda.is_available()
     return _variant(_ours(), _torch(capturable=capturable), _torch(fused=True, capturable=capturable))
+
+
+def gated_network() -> Op:
+    """The gated unit and the layer back to the input's width, whose backward has kernels of its own."""
+    op = OPS["gated_linear"]
+
+    def inputs(shape: Shape, make: Make, options: Mapping[str, Any]) -> Inputs:
+        found = op.inputs(shape, make, options)
+        H, K = shape["H"], shape["K"]
+        return {**found, "out_weight": make.normal(K, H, scale=H**-0.5), "out_bias": make.normal(K)}
+
+    def ours(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, activation: str, **out: Any
+    ) -> torch.Tensor:
+        return dlgpu.functional.gated_linear(x, weight, bias, activation=activation, **out)
+
+    def eager(out_weight: torch.Tensor, out_bias: torch.Tensor, **unit: Any) -> torch.Tensor:
+        return F.linear(op.functions["eager"](**unit), out_weight, out_bias)
+
+    # An upstream gradient has the result's shape, no longer the unit's.
+    return dataclasses.replace(
+        op, inputs=inputs, functions={"dlgpu": ours, "eager": eager}, upstream=None, refuses={}
+    )

@@ -284,9 +284,8 @@ def _convert_optimizer(model: torch.nn.Module, optimizer: Any) -> list[Changed |
     scheduled = optimizer.__dict__.pop("step", None) is not None
     optimizer.__class__ = _OPTIMIZERS[kind]
     optimizer._set_extras(None, False, None, optimizer.defaults.get("initial_accumulator_value", 0))
+    # What groups of an older torch lack; and a class's `step` calls hooks from its first instance on.
     optimizer.__setstate__({})
-    # The hooks and the profiler's name of step: of the class, at its first instance.
-    optimizer._patch_step_function()
     if scheduled:
         optimizer.step = _watched_step(optimizer)
     return [Changed("optimizer", _named(kind), _named(type(optimizer)))]

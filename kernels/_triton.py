@@ -70,6 +70,14 @@ INTERPRET = tl.constexpr(INTERPRETED)
 _interpreter_lock = threading.RLock()
 
 
+def _require_memory(t: torch.Tensor) -> None:
+    """RuntimeError for a view of negated numbers: a kernel would read what lies in memory, with the other sign."""
+    if t.is_neg():
+        raise RuntimeError(
+            "a tensor's negative bit is set (it is the imag of a conj): give resolve_neg() of it"
+        )
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """Launches `kernel` on the current stream of the first tensor's device.
 
@@ -79,9 +87,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         return
     meta.setdefault("enable_fp_fusion", True)
     for a in args:
-        # The memory of such a view holds its numbers with the other sign.
-        if type(a) is torch.Tensor and a.is_neg():
-            raise RuntimeError("a tensor's negative bit is set (it is the imag of a conj): give resolve_neg() of it")
+        if type(a) is torch.Tensor:
+            _require_memory(a)
     if INTERPRETED:
         # A GPU overflows and divides by zero without a word; so does the interpreter's NumPy then.
         with _interpreter_lock, np.errstate(all="ignore"):
@@ -99,6 +106,7 @@ def descriptor(t: torch.Tensor, block: Sequence[int]) -> Any:
     """A TMA descriptor of blocks of t, whose last dimension is contiguous and whose rows are multiples of 16 bytes."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+    _require_memory(t)
     # The stride of a single row says nothing, and may be no multiple of 16 bytes.
     strides = [*t.stride()[:-1], 1] if t.shape[0] > 1 else [t[0].numel(), *t.stride()[1:-1], 1]
     return TensorDescriptor(t, list(t.shape), strides, list(block))

@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 
-from dlgpu.bench import machine_code
+from dlgpu.bench import launches, machine_code
 from dlgpu.kernels import (
     activations,
     batch_norm,
@@ -61,31 +61,11 @@ def matrix_instruction(capability: int, dtype: torch.dtype, precision: str) -> s
     return "UTCHMMA" if capability == 100 else "HMMA"
 
 
-# What the launchers do not hand to the compiler as they are.
-OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
-
-
 def launched(capability: int, call: Callable[[], Any]) -> list[tuple[Any, dict[str, Any], dict[str, Any]]]:
     """(kernel, its arguments by name, options) of each launch that `call`, on meta tensors, would make on a GPU of this
     capability: what is compiled is what is launched."""
-    found = []
-
-    def record(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-        options = {name: meta.pop(name) for name in OPTIONS if name in meta}
-        found.append((kernel, dict(zip(kernel.arg_names, args, strict=False)) | meta, options))
-
     limits = (capability, machine_code.shared_memory_limit(capability), 132)
-    patches = {"launch": record, "device_limits": mock.Mock(return_value=limits)}
-    with (
-        mock.patch.multiple(linear, **patches),
-        mock.patch.multiple(gated, **patches),
-        mock.patch.object(losses, "launch", record),
-        mock.patch.multiple(layer_norm, **patches),
-        mock.patch.multiple(batch_norm, **patches),
-        mock.patch.object(dropout, "launch", record),
-    ):
-        call()
-    return found
+    return [(launch.kernel, launch.args, launch.options) for launch in launches.launched(limits, call)]
 
 
 def linear_cases(

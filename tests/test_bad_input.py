@@ -19,7 +19,13 @@ TABLE = [
     # No tensor.
     (F.linear, (1, W), {}, TypeError, "linear: input must be a Tensor, got int"),
     (F.linear, (X.tolist(), W), {}, TypeError, "linear: input must be a Tensor, got list"),
-    (F.linear, (X.numpy(), W), {}, TypeError, "linear: input must be a Tensor, got ndarray"),
+    (
+        F.linear,
+        (X.numpy(), W),
+        {},
+        TypeError,
+        "linear: weight is of type Tensor, expected ndarray, as the first argument",
+    ),
     (F.linear, (X, None), {}, TypeError, "linear: weight must be a Tensor, got NoneType"),
     (F.linear, (X, W.numpy()), {}, TypeError, "linear: weight must be a Tensor, got ndarray"),
     (F.linear, (X, W, 1.0), {}, TypeError, "linear: bias must be a Tensor, got float"),

@@ -22,12 +22,14 @@ import numpy as np
 import pytest
 import torch
 
+import dlgpu
 from dlgpu.bench import __main__ as cli
 from dlgpu.bench import ceilings, digits, environment, harness, interpreted, providers, report, run, suite
 from dlgpu.bench.cases import BOTH, OPS
 from dlgpu.bench.cli import COMMANDS, bench
 from dlgpu.bench.environment import Gpu, Probes, UsageError, choose_device, find_gpu
 from dlgpu.bench.measure import Case
+from dlgpu.kernels import configs
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -214,6 +216,32 @@ def test_a_job_that_fails_is_one_line(tmp_path, monkeypatch, capsys):
         cli.main(["--out", str(tmp_path), "--traceback"])
 
 
+def test_a_disk_that_fills_up_loses_nothing(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "full"
+
+    def fill(where, share):
+        yield {"section": "ops", "kind": "skipped", "title": "before", "reason": "none"}
+        write = report.write_whole
+
+        def full(path, text):
+            if out in path.parents:
+                raise OSError(28, "No space left on device")
+            write(path, text)
+
+        monkeypatch.setattr(report, "write_whole", full)
+        yield {"section": "ops", "kind": "skipped", "title": "after", "reason": "none"}
+
+    monkeypatch.setattr(suite, "find_gpu", lambda: None)
+    monkeypatch.setattr(suite, "plan", lambda device, only: [suite.Job("ops", "filling", fill)])
+    monkeypatch.setattr(report.tempfile, "mkdtemp", lambda prefix: str(tmp_path))
+    assert cli.main(["--out", str(out)]) == 2
+    said = capsys.readouterr()
+    assert "No space left on device" in said.err
+    (path,) = tmp_path.glob("*.json")
+    assert str(path) in said.out
+    assert [row["title"] for row in report.load(path)["rows"]] == ["before", "after"]
+
+
 def test_a_wrong_result_is_status_3(tmp_path, monkeypatch):
     def wrong(**inputs):
         return OPS["cross_entropy"].functions["dlgpu"](**inputs) + 1
@@ -256,7 +284,18 @@ def test_the_quick_suite_measures_every_op():
     assert {job.section for job in jobs} >= {"ceilings", "digits", "ops"}
     assert {job.section for job in suite.plan("cpu", ("digits",))} == {"digits"}
     # What takes a fixed time leaves most of the default budget for timing.
-    assert sum(job.fixed_s for job in jobs) < suite.DEFAULT_BUDGET_S / 3
+    assert sum(job.fixed_s for job in jobs) < 0.75 * suite.DEFAULT_BUDGET_S
+
+
+def test_the_config_says_what_runs_on_a_cpu():
+    """The rule of the CPU's backends, as the call itself asks it."""
+    op = OPS["softmax"]
+    for rule, says in (("torch", "torch"), ("fallback", "NumPy")):
+        # The suite's own setting may be another.
+        with pytest.MonkeyPatch.context() as patch, dlgpu.use_backend("auto"):
+            patch.setattr(configs, "cpu_backend", lambda *args, rule=rule: rule)
+            assert suite.cpu_config(Case(op, {"N": 6, "V": 11}, BOTH)) == says
+    assert suite.cpu_config(Case(op, {"N": 6, "V": 11}, BOTH, device="cuda")) is None
 
 
 def test_what_does_not_fit_into_memory_is_not_begun(monkeypatch):
@@ -328,6 +367,8 @@ def test_times_are_held_to_undisturbed_ceilings():
         (["run", "linear", "--device", "cuda"], "no NVIDIA GPU"),
         (["run", "linear", "--seed", "-1"], "--seed"),
         (["run", "linear", "--module", "a:b"], "--module measures a model"),
+        (["run", "linear", "--batch", "3"], "--batch goes with --module"),
+        (["run", "--module", "no.such.module:f"], "no.such.module"),
         (["run", "linear", "--shape", "small", "--out", os.path.join(os.devnull, "x")], "cannot write"),
     ],
 )
@@ -521,6 +562,14 @@ def test_the_command(tmp_path):
     assert rows["kernels"]["max_difference"] < 1e-5
     assert rows["float64"]["distance_a"] < 1e-5
     assert "timing" in rows
+
+
+def test_bad_usage_of_the_real_command(tmp_path):
+    process = command("run", "linear", "--shape", "M=0", cwd=tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (2, "")
+    assert err == "dlgpu-bench: error: --shape M=0: M must be a positive whole number, got '0'\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_ctrl_c(tmp_path):

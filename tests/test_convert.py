@@ -790,6 +790,18 @@ def test_an_optimizer_goes_on(name, options, before):
     copy.deepcopy(optimizer).load_state_dict(optimizer.state_dict())
 
 
+def test_hooks_are_called_before_an_optimizer_of_the_class_was_made(monkeypatch):
+    """torch makes a class's step call hooks when the first is made."""
+    dlgpu.optim.SGD(built("L").parameters())
+    monkeypatch.setattr(dlgpu.optim.SGD, "step", dlgpu.optim.SGD.step.__wrapped__)
+    model, called = built("L"), []
+    optimizer = torch.optim.SGD(model.parameters())
+    optimizer.register_step_pre_hook(lambda *args: called.append(1))
+    dlgpu.convert(model, optimizer=optimizer)
+    stepped(model, optimizer, range(2))
+    assert called == [1, 1]
+
+
 def test_it_is_our_step_that_runs(monkeypatch):
     """With a scheduler too, which holds on to the method that it found."""
     from dlgpu.ops import optimizers as ops

@@ -133,12 +133,12 @@ def test_a_against_a_on_this_machine():
     with ceilings.single_thread():
         timer, _, _ = timers.timer_for("cpu")
         results = []
-        for trial in range(20):
+        for trial in range(12):
             # Bound twice: where the inputs lie in memory differs.
             a, b = (case.bind(op.functions["eager"], seed=0) for _ in range(2))
             stop = harness.Stop(budget_s=1.0)
             results.append(harness.paired(a, b, stop=stop, timer=timer, seed=trial))
-    assert sum(result.verdict in ("SAME", "AMBIGUOUS") for result in results) >= 19
+    assert sum(result.verdict in ("SAME", "AMBIGUOUS") for result in results) >= 11
 
 
 def test_verdicts():
@@ -194,18 +194,15 @@ def test_when_it_stops():
     assert not few.converged
     enough, _ = compare(0.01, 0.01, noise=0.01, max_pairs=1000, budget_s=100.0)
     assert enough.pairs == 1000
-    machine = Machine(noise=0.01)
     stop = harness.Stop(budget_s=100.0, noise=0.01)
-    quiet = harness.paired(
-        machine.function("a", 0.01),
-        machine.function("b", 0.02),
-        stop=stop,
-        timer=machine.timer,
-        clock=machine.clock,
-    )
-    assert quiet.converged
-    assert stop.first_look <= quiet.pairs < 100
-    assert quiet.noise <= 0.01
+    for cost, least, most in ((0.01, stop.first_look, 100), (0.02, stop.claim, 300)):
+        machine = Machine(noise=0.01)
+        a, b = machine.function("a", 0.01), machine.function("b", cost)
+        quiet = harness.paired(a, b, stop=stop, timer=machine.timer, clock=machine.clock)
+        assert quiet.converged
+        # A difference takes more to be believed.
+        assert least <= quiet.pairs < most
+        assert quiet.noise <= 0.01
     # Whatever the budget, there are enough pairs for an interval.
     assert compare(10.0, 10.0, budget_s=0.1)[0].pairs == harness.Stop.min_pairs
 
@@ -219,14 +216,15 @@ def test_a_sample_is_long_enough():
 
 def test_a_disturbed_warm_up_does_not_make_samples_short():
     machine = Machine(noise=0.0)
-    slow = iter([1000] * 6)
+    slow = iter([1000] * 4)
 
     def timer(function, repeats):
         return machine.timer(function, repeats) * next(slow, 1)
 
     function = machine.function("a", 1e-4)
-    result = harness.paired(function, function, timer=timer, clock=machine.clock)
-    assert result.repeats_a == 20
+    stop = harness.Stop(warmup_s=0.0)
+    result = harness.paired(function, function, stop=stop, timer=timer, clock=machine.clock)
+    assert result.repeats_a == pytest.approx(20, abs=1)
 
 
 def test_several_rivals_in_one_run():
@@ -349,17 +347,19 @@ def test_the_cpu_timer_empties_the_cache_outside_what_it_times():
         log.append("run")
         clock.now += 2.0
 
+    def sleep(duration):
+        clock.now += duration
+
     def timer():
-        return timers.CpuTimer(
-            clock=lambda: clock.now, cpu_clock=lambda: 0.0, sleep=lambda s: None, flush=flush
-        )
+        settings = {"clock": lambda: clock.now, "cpu_clock": lambda: 0.0, "sleep": sleep}
+        return timers.CpuTimer(**settings, flush=flush)
 
     assert timer()(function, 3).seconds == pytest.approx(6.0)
     assert log == ["run", *["flush", "run"] * 3]
     # Many calls are told from a few.
     log.clear()
     assert timer()(function, 1000).seconds == pytest.approx(2000.0)
-    assert log.count("flush") == timers.CpuTimer.COLD_CALLS
+    assert log.count("flush") == timers.CpuTimer.COLD_CALLS < 1000
 
 
 def test_the_cpu_watch_sees_others_and_not_itself():

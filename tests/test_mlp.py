@@ -573,6 +573,20 @@ def test_dropout_has_one_mask_for_all_backends(backend, device, M, sizes, dtype)
     assert not found or torch.equal(y != 0, found[0] != 0)
 
 
+@pytest.mark.parametrize("activation", ["tanh", "gelu"])
+def test_dropout_by_torchs_operations(activation):
+    """The backend that is torch's own functions: the same masks, results and gradients."""
+    inputs, seeds, dy = sample(7), torch.tensor([[5, 0], [-7, 0]]), torch.randn(7, 9)
+
+    def op(backend):
+        return lambda x, *p: torch.ops.dlgpu.mlp(
+            x, p[:3], p[3:], activation, "silu", 0.01, seeds, 0.3, backend
+        )
+
+    for a, e in zip(*(run(op(b), inputs, lambda y: dy) for b in ("torch", "fallback")), strict=True):
+        torch.testing.assert_close(a, e)
+
+
 def test_dropout_by_torchs_seed(backend, device):
     """torch.manual_seed repeats it, each call and each layer draw another, and a graph's backward drops what its forward
     did."""
@@ -647,6 +661,13 @@ def test_dropout_launches_and_saves_no_more(backend, device, launches, activatio
     assert found == plain
     assert (none, seeds) == ([], [torch.int64])
     assert [name for name, *_ in launches] == known
+    given = [
+        dict(zip(kernel.arg_names, args, strict=False)).get("seed_ptr") for _, kernel, args, _ in launches
+    ]
+    drawn = [seed for seed in given if seed is not None]
+    assert len(drawn) == (4 if backend == "triton" else 0)
+    # Triton compiles a kernel anew for a pointer that 16 does not divide.
+    assert all(seed.data_ptr() % 16 == 0 for seed in drawn)
     assert bool(known) == (backend == "triton")
 
 

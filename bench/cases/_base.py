@@ -235,10 +235,6 @@ def bind(
     return Bound(op, function, shape, passes, make, options)
 
 
-# As it was called when `bind` gave the call alone.
-bind_all = bind
-
-
 @functools.cache
 def _resolve(path: str) -> Any:
     module, _, attribute = path.partition(":")

@@ -251,7 +251,7 @@ def _fwd_fallback(
     )
 
 
-def _fwd_eager(
+def _eager(
     input: torch.Tensor,
     weights: Tensors,
     biases: Optionals,
@@ -260,22 +260,29 @@ def _fwd_eager(
     negative_slope: float,
     seeds: torch.Tensor | None,
     p: float,
-    first: int,
-) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+) -> torch.Tensor:
     _check(input, weights, biases, activation, out_activation)
-    x, last = _rows(input), len(weights) - 1
-    hidden, zs = [], []
+    return _layers(input, weights, biases, activation, out_activation, negative_slope, seeds, p)
+
+
+def _layers(
+    x: torch.Tensor,
+    weights: Tensors,
+    biases: Optionals,
+    activation: str | None,
+    out_activation: str | None,
+    negative_slope: float,
+    seeds: torch.Tensor | None,
+    p: float,
+) -> torch.Tensor:
+    """By torch's own operations, layer by layer."""
+    last = len(weights) - 1
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         act = out_activation if i == last else activation
-        z = F.linear(x, weight, bias)
-        x = lookup(act).eager(z, negative_slope)
+        x = lookup(act).eager(F.linear(x, weight, bias), negative_slope)
         if seeds is not None and i < last:
             x = _eager_dropout(x, seeds[i, :1], p)
-        if i >= first and saved_for_backward(act, negative_slope) == "z":
-            zs.append(z)
-        if first - 1 <= i < last:
-            hidden.append(x)
-    return _shaped(x, input), hidden, zs
+    return x
 
 
 def _fwd_fake(
@@ -359,43 +366,6 @@ def _bwd_fallback(
         [None if db is None else to_tensor(db, dtype) for db in dbs],
         dy,
     )
-
-
-def _bwd_eager(
-    dy: torch.Tensor,
-    inputs: Optionals,
-    weights: Tensors,
-    saved: Optionals,
-    activation: str | None,
-    out_activation: str | None,
-    negative_slope: float,
-    seeds: torch.Tensor | None,
-    p: float,
-    needs: Sequence[bool],
-) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-    layers, first = len(weights), _lowest(needs)
-    dws: list[torch.Tensor | None] = [None] * layers
-    dbs: list[torch.Tensor | None] = [None] * layers
-    dx, dz = None, _rows(dy)
-    for i in range(layers - 1, first - 1, -1):
-        x, kept = inputs[i], saved[i]
-        act = out_activation if i == layers - 1 else activation
-        if seeds is not None and i < layers - 1:
-            dz = _eager_dropout(dz, seeds[i, :1], p)
-            if saved_for_backward(act, negative_slope) == "y" and kept is not None:
-                # What is saved is y after dropout.
-                kept = kept * (1 - p)
-        if kept is not None:
-            dz = lookup(act).eager_gradient(dz, _rows(kept), negative_slope)
-        if needs[1 + i] and x is not None:
-            dws[i] = dz.t() @ _rows(x)
-        if needs[1 + layers + i]:
-            dbs[i] = dz.sum(0)
-        if i > first:
-            dz = dz @ weights[i]
-        elif needs[0]:
-            dx = dz @ weights[i]
-    return _gradients(dx, dws, dbs, dy)
 
 
 def _gradients(
@@ -518,12 +488,8 @@ def _differentiable_backward(
     layers = len(weights)
 
     def eager(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        for i in range(layers):
-            act = out_activation if i == layers - 1 else activation
-            x = lookup(act).eager(F.linear(x, parameters[i], parameters[layers + i]), negative_slope)
-            if seeds is not None and i < layers - 1:
-                x = _eager_dropout(x, seeds[i, :1], p)
-        return x
+        ws, bs = parameters[:layers], parameters[layers:]
+        return _layers(x, ws, bs, activation, out_activation, negative_slope, seeds, p)
 
     return _dispatch.differentiable_vjp(eager, (input, *weights, *biases), needs, dy)
 
@@ -558,7 +524,7 @@ _mlp = _dispatch.define(
     "Tensor? seeds, float p, str backend) -> Tensor",
     triton=_result_only(_fwd_triton),
     fallback=_result_only(_fwd_fallback),
-    eager=_result_only(_fwd_eager),
+    eager=_eager,
     fake=lambda input, weights, biases, activation, out_activation, slope, seeds, p, backend: _fwd_fake(
         input, weights, biases, activation, out_activation, slope, seeds, p, len(weights), backend
     )[0],
@@ -570,7 +536,6 @@ _mlp_fwd = _dispatch.define(
     "float negative_slope, Tensor? seeds, float p, int first, str backend) -> (Tensor, Tensor[], Tensor[])",
     triton=_fwd_triton,
     fallback=_fwd_fallback,
-    eager=_fwd_eager,
     fake=_fwd_fake,
 )
 _mlp_backward = _dispatch.define(
@@ -579,7 +544,6 @@ _mlp_backward = _dispatch.define(
     "-> (Tensor, Tensor[], Tensor[])",
     triton=_bwd_triton,
     fallback=_bwd_fallback,
-    eager=_bwd_eager,
     fake=_bwd_fake,
 )
 
