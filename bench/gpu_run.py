@@ -37,6 +37,7 @@ from .cli import Names
 from .environment import UsageError, choose_device, describe, find_gpu, header
 from .report import Console, Results, load
 from .stages import STAGES, Piece, Task
+from .tables import median
 
 __all__ = ["Kept", "Runner", "command"]
 
@@ -77,7 +78,7 @@ class Kept(Results):
             return None
         found = load(path)
         same = all(found["environment"].get(key) == environment.get(key) for key in _SAME)
-        if same and found.get("rehearsal") == rehearse and isinstance(found.get("pieces"), dict):
+        if same and found.get("rehearsal") == rehearse and _known(found.get("pieces")):
             return found
         _set_aside(path)
         _set_aside(path.with_suffix(".md"))
@@ -94,6 +95,25 @@ class Kept(Results):
         if len(kept) < len(self.rows):
             self.document["rows"] = kept
             self._encoded = []
+
+    def amend(self, stage: str, name: str, values: Row) -> None:
+        """Gives the timing rows of a piece further values, and the rate that follows from their bytes."""
+        for row in self.rows:
+            if row["kind"] == "timing" and (row.get("stage"), row.get("piece")) == (stage, name):
+                row |= values
+                if moved := row.get("compulsory_bytes"):
+                    row["bytes_per_s"] = moved / median(row["samples_a_s"])
+        self._encoded = []
+        self.save()
+
+
+def _known(pieces: object) -> bool:
+    """Whether it is what `Kept` writes of the pieces."""
+    keys = {"how", "tries", "seconds"}
+    return isinstance(pieces, dict) and all(
+        isinstance(found, dict) and all(isinstance(p, dict) and keys <= p.keys() for p in found.values())
+        for found in pieces.values()
+    )
 
 
 def _set_aside(path: Path) -> None:
@@ -228,6 +248,8 @@ class Runner:
                     row = {**event["row"], "stage": stage, "piece": event["piece"]}
                     self.results.add(row)
                     self.console.row(row)
+                elif "amend" in event:
+                    self.results.amend(event["stage"], event["amend"], event["values"])
                 else:
                     now.discard(event["end"])
                     self._end(stage, event["end"], began[event["end"]], event["how"])

@@ -74,7 +74,9 @@ def _gpu(
     if capability < 80:
         del rates["bfloat16"]
     flops = {dtype: rate * 1e12 for dtype, rate in rates.items() if rate is not None}
-    return Gpu(name, title, capability, multiprocessors, gigabytes * 1e9, flops, int(megabytes * 2**20), source)
+    return Gpu(
+        name, title, capability, multiprocessors, gigabytes * 1e9, flops, int(megabytes * 2**20), source
+    )
 
 
 # Where a datasheet gives rates with structured sparsity alone, half of them. The number of multiprocessors and the size of L2

@@ -4,6 +4,7 @@ The process reads a Task as JSON on standard input and writes events, one JSON o
 
     {"begin": id}                a piece has begun
     {"row": {...}, "piece": id}  a row of it, whole
+    {"amend": id, "stage": stage, "values": {...}}  that piece's timing rows have these values
     {"end": id, "how": "done"}   or "failed" (an error row says why), or "left", where another call goes on with it
 
 It begins no piece for which there is not the time, and ends itself where an error has broken the GPU: whoever started it
@@ -43,7 +44,7 @@ from .laws import LawError, Laws
 from .measure import Case
 from .providers import BOUNDS, PROVIDERS, absent, offered
 from .report import Console, load
-from .suite import Context, compare, limits
+from .suite import Context, compare, counted, limits
 from .tables import median
 from .targets import CLIPPED, GOALS, MASTERS, NOTES, judge
 from .timers import timer_for
@@ -113,6 +114,9 @@ class Tell:
     def row(self, piece: str, row: Row) -> None:
         self._say({"row": row, "piece": piece})
 
+    def amend(self, event: Row) -> None:
+        self._say(event)
+
     def end(self, piece: str, how: str = "done") -> None:
         self._say({"end": piece, "how": how})
 
@@ -139,7 +143,10 @@ def _in_order(work: Mapping[str, Work], task: Task, section: str, tell: Tell) ->
         tell.begin(piece)
         try:
             for row in work[piece]():
-                tell.row(piece, row)
+                if "amend" in row:
+                    tell.amend(row)
+                else:
+                    tell.row(piece, row)
         except LeftError:
             tell.end(piece, "left")
         except Exception as error:
@@ -223,8 +230,8 @@ def _pytest(task: Task, done: str) -> list[str]:
     if task.rehearse:
         return [*arguments, "-m", "not gpu", str(folder / "test_activations.py"), "-k", rehearsal.TESTS]
     if importlib.util.find_spec("xdist") is not None:
-        # Triton compiles on the CPU; the GPU is shared.
-        arguments += ["-n", str(max(1, min(14, cores() - 2))), "--dist", "worksteal"]
+        # Triton compiles on the CPU; the GPU is shared. By "load" workers take tests in order, those of most value first.
+        arguments += ["-n", str(max(1, min(14, cores() - 2))), "--dist", "load"]
         arguments += ["--max-worker-restart", "100"]
     if importlib.util.find_spec("pytest_timeout") is not None:
         arguments += ["--timeout", "150"]
@@ -650,18 +657,25 @@ def _device() -> torch.device:
 
 
 def _achieved(name: str, rows: Sequence[Row], laws: Future[Laws], task: Task) -> Iterator[Row]:
-    """What dlgpu's time comes to against its bytes by the laws, its operations, and the ceilings."""
-    best, seen = limits(rows), set[str]()
+    """What dlgpu's time comes to against its bytes by the laws, its operations, and the ceilings. The bytes go into the timing
+    rows too."""
+    best, seen = limits(rows), dict[str, Row]()
     for row in rows:
         if row["kind"] != "timing" or row["op"] != name or row.get("note") in NOTES:
             continue
-        about = {key: row[key] for key in ("op", "options", "passes", "shape", "dtype", "timer")}
-        if row["timer"] == "host" and not task.rehearse:
-            continue
-        if (key := json.dumps(about, sort_keys=True)) in seen:
-            continue
-        seen.add(key)
-        yield {"section": "profile", "kind": "achieved", **about, **_rates(row, laws.result(), best)}
+        about = {key: row[key] for key in ("op", "options", "passes", "shape", "dtype")}
+        key = json.dumps(about, sort_keys=True)
+        if key not in seen:
+            seen[key] = _bytes_of(row, laws.result())
+            yield {"section": "profile", "kind": "achieved", **about, **_rates(row, laws.result(), best)}
+        if seen[key]:
+            yield {"amend": row["piece"], "stage": row["stage"], "values": seen[key]}
+
+
+def _bytes_of(row: Row, laws: Laws) -> Row:
+    """What a timing row says of bytes, had the laws been known when it was made."""
+    case = Case(OPS[row["op"]], row["shape"], row["passes"], getattr(torch, row["dtype"]), row["options"])
+    return counted(case, laws, _triton.device_limits(_device()))
 
 
 def _rates(row: Row, laws: Laws, best: Mapping[str, float]) -> Row:

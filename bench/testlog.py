@@ -254,7 +254,9 @@ def watch_ops(get: Callable[[], Any], set_mode: Callable[[Any], None], always: b
 def pytest_configure(config: pytest.Config) -> None:
     from .children import die_with_parent
 
-    die_with_parent()
+    if not _WORKER:
+        # xdist's workers end with it, by their pipe.
+        die_with_parent()
     where, done = os.environ.get("DLGPU_TESTS_LOG"), os.environ.get("DLGPU_TESTS_DONE")
     if where and not _WORKER:
         recorder = _Recorder(_Log(Path(where), os.environ.get("DLGPU_TESTS_SOURCE", "")))

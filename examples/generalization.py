@@ -5,7 +5,6 @@ Data: scikit-learn's handwritten digits. The validation images of the mismatch a
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import course
@@ -17,6 +16,7 @@ from sklearn.model_selection import KFold, train_test_split
 
 import dlgpu
 from dlgpu.diagnostics import fit_report
+from dlgpu.nn import MLP
 
 LOW = 0.25
 LABELS = {
@@ -27,13 +27,6 @@ LABELS = {
     "holdout_loss": "held out, same kind",
 }
 Data = tuple[torch.Tensor, torch.Tensor]
-
-
-def mlp(sizes: list[int], activation: str = "relu", dropout: float = 0.0) -> torch.nn.Sequential:
-    layers: list[torch.nn.Module] = []
-    for i, o in itertools.pairwise(sizes[:-1]):
-        layers += [dlgpu.nn.Linear(i, o, activation=activation), dlgpu.nn.Dropout(dropout)]
-    return torch.nn.Sequential(*layers, dlgpu.nn.Linear(sizes[-2], sizes[-1]))
 
 
 @torch.no_grad()
@@ -76,18 +69,18 @@ def main(argv: list[str] | None = None) -> Path:
 
         histories = {}
         # One unit in the middle cannot tell ten classes apart; a wider net shows that it can be done.
-        good = train(mlp([64, 64, 10]), full, {"val_loss": unseen}, epochs)
-        histories["model bias"] = train(mlp([64, 1, 10]), full, {"val_loss": unseen}, epochs)
+        good = train(MLP([64, 64, 10], "relu"), full, {"val_loss": unseen}, epochs)
+        histories["model bias"] = train(MLP([64, 1, 10], "relu"), full, {"val_loss": unseen}, epochs)
         histories["model bias"]["larger_train_loss"] = good["train_loss"]
         # Twelve sigmoid layers do no better than chance, where one of ReLUs does well.
         histories["optimization"] = train(
-            mlp([64, *[32] * 12, 10], "sigmoid"), full, {"val_loss": unseen}, epochs // 2
+            MLP([64, *[32] * 12, 10], "sigmoid"), full, {"val_loss": unseen}, epochs // 2
         )
         histories["optimization"]["smaller_train_loss"] = good["train_loss"]
         parts = {"val_loss": unseen, "holdout_loss": unseen}
-        histories["overfitting"] = train(mlp([64, 256, 10]), few, parts, 2 * epochs)
+        histories["overfitting"] = train(MLP([64, 256, 10], "relu"), few, parts, 2 * epochs)
         parts = {"val_loss": turned, "holdout_loss": unseen}
-        histories["mismatch"] = train(mlp([64, 64, 10]), full, parts, epochs)
+        histories["mismatch"] = train(MLP([64, 64, 10], "relu"), full, parts, epochs)
         histories["good fit"] = good
         reports = {name: fit_report({**history, "target_loss": LOW}) for name, history in histories.items()}
         for name, report in reports.items():
@@ -95,7 +88,7 @@ def main(argv: list[str] | None = None) -> Path:
 
         remedies = {}
         for name, dropout, decay in (("none", 0, 0), ("dropout 0.5", 0.5, 0), ("weight decay", 0, 2)):
-            model = mlp([64, 256, 10], dropout=dropout)
+            model = MLP([64, 256, 10], "relu", dropout=dropout)
             remedies[name] = train(model, few, {"val_loss": unseen}, 2 * epochs, decay)
         last = {name: history["val_loss"][-1] for name, history in remedies.items()}
         last["early stopping"] = min(remedies["none"]["val_loss"])
@@ -107,7 +100,7 @@ def main(argv: list[str] | None = None) -> Path:
         for width in widths:
             for inside, outside in folds.split(x.cpu()):
                 a, b = (torch.tensor(rows, device=args.device) for rows in (inside, outside))
-                history = train(mlp([64, width, 10]), (x[a], y[a]), {"val_loss": (x[b], y[b])}, 8)
+                history = train(MLP([64, width, 10], "relu"), (x[a], y[a]), {"val_loss": (x[b], y[b])}, 8)
                 scores[width].append(history["val_loss"][-1])
         best = min(widths, key=lambda width: np.mean(scores[width]))
         print(

@@ -361,9 +361,8 @@ class Activation:
     gradient: Any
     np_forward: Callable[[Any, float], None]
     np_gradient: Callable[[Any, Any, float, Any], None]
-    # torch's function of (z, negative_slope), differentiable any number of times, and its gradient of (dy, saved, slope).
+    # torch's function of (z, negative_slope), differentiable any number of times.
     eager: Callable[[torch.Tensor, float], torch.Tensor]
-    eager_gradient: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
     # "y" where the derivative follows from the output, "z" where it needs the input, None where it is constant.
     saves: str | None
     # For results rounded to bf16, whose 2^-9 hides the 2^-11 of tanh.approx; in fp16 that would be as large as the rounding.
@@ -376,8 +375,6 @@ class Activation:
         )
 
 
-_aten = torch.ops.aten
-
 ACTIVATIONS: dict[str, Activation] = {
     "relu": Activation(
         forward=_relu_fwd,
@@ -385,7 +382,6 @@ ACTIVATIONS: dict[str, Activation] = {
         np_forward=_np_relu,
         np_gradient=_np_relu_grad,
         eager=lambda z, slope: F.relu(z),
-        eager_gradient=lambda dy, y, slope: _aten.threshold_backward(dy, y, 0),
         saves="y",
     ),
     "leaky_relu": Activation(
@@ -394,7 +390,6 @@ ACTIVATIONS: dict[str, Activation] = {
         np_forward=_np_leaky_relu,
         np_gradient=_np_leaky_relu_grad,
         eager=F.leaky_relu,
-        eager_gradient=lambda dy, saved, slope: _aten.leaky_relu_backward(dy, saved, slope, False),
         saves="y",
     ),
     "sigmoid": Activation(
@@ -403,7 +398,6 @@ ACTIVATIONS: dict[str, Activation] = {
         np_forward=_np_sigmoid,
         np_gradient=_np_sigmoid_grad,
         eager=lambda z, slope: torch.sigmoid(z),
-        eager_gradient=lambda dy, y, slope: _aten.sigmoid_backward(dy, y),
         saves="y",
     ),
     "tanh": Activation(
@@ -412,7 +406,6 @@ ACTIVATIONS: dict[str, Activation] = {
         np_forward=_np_tanh,
         np_gradient=_np_tanh_grad,
         eager=lambda z, slope: torch.tanh(z),
-        eager_gradient=lambda dy, y, slope: _aten.tanh_backward(dy, y),
         saves="y",
         forward_bf16=_tanh_fwd_bf16,
     ),
@@ -422,7 +415,6 @@ ACTIVATIONS: dict[str, Activation] = {
         np_forward=_np_gelu,
         np_gradient=_np_gelu_grad,
         eager=lambda z, slope: F.gelu(z),
-        eager_gradient=lambda dy, z, slope: _aten.gelu_backward(dy, z),
         saves="z",
     ),
     "gelu_tanh": Activation(
@@ -431,7 +423,6 @@ ACTIVATIONS: dict[str, Activation] = {
         np_forward=_np_gelu_tanh,
         np_gradient=_np_gelu_tanh_grad,
         eager=lambda z, slope: F.gelu(z, approximate="tanh"),
-        eager_gradient=lambda dy, z, slope: _aten.gelu_backward(dy, z, approximate="tanh"),
         saves="z",
         forward_bf16=_gelu_tanh_fwd_bf16,
     ),
@@ -441,7 +432,6 @@ ACTIVATIONS: dict[str, Activation] = {
         np_forward=_np_silu,
         np_gradient=_np_silu_grad,
         eager=lambda z, slope: F.silu(z),
-        eager_gradient=lambda dy, z, slope: _aten.silu_backward(dy, z),
         saves="z",
     ),
 }
@@ -452,7 +442,6 @@ _IDENTITY = Activation(
     np_forward=_np_identity,
     np_gradient=_np_identity_grad,
     eager=lambda z, slope: z,
-    eager_gradient=lambda dy, saved, slope: dy,
     saves=None,
 )
 

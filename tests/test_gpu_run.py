@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,10 +24,12 @@ from dlgpu.bench.cases import BOTH, OPS, STEP
 from dlgpu.bench.environment import describe
 from dlgpu.bench.launches import Record, dry_run
 from dlgpu.bench.laws import _patched
+from dlgpu.bench.measure import Case
 from dlgpu.bench.providers import BOUNDS, PROVIDERS, offered
 from dlgpu.bench.report import Console, load
 from dlgpu.bench.stages import Piece
-from dlgpu.kernels import _triton
+from dlgpu.bench.timers import CpuTimer
+from dlgpu.kernels import _triton, tuning
 from dlgpu.ops import optimizers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,6 +115,13 @@ def test_a_rehearsal_that_is_ended_twice_and_gone_on_with(tmp_path):
         "_softmax_bwd_kernel",
     ]
     assert counter["law_bytes"] == next(r for r in rows if r["kind"] == "achieved")["compulsory_bytes"]
+    # The bytes are known last, and are in the timing rows all the same.
+    softmax = [row for row in rows if row["kind"] == "timing" and row["op"] == "softmax"]
+    assert softmax
+    for row in softmax:
+        assert row["compulsory_bytes"] == counter["law_bytes"]
+        assert row["unfused_bytes"] >= row["compulsory_bytes"]
+        assert row["bytes_per_s"] == pytest.approx(row["compulsory_bytes"] / row["samples_a_s"][0])
     # What was stood in for is in no result as if it were here.
     assert {row["provider"] for row in rows if row["kind"] == "absent"} >= {
         name for name in PROVIDERS if importlib.util.find_spec(PROVIDERS[name].module) is None
@@ -248,6 +258,23 @@ def test_results_of_other_code_are_set_aside(runner, tmp_path):
     document = runner({"check": [Piece("b")]}, environment={"source_hash": "two"})
     assert titles(document) == ["b"]
     assert titles(load(tmp_path / "gpu-before-1.json")) == ["a"]
+
+
+@pytest.mark.parametrize("pieces", [None, [], {"check": 1}, {"check": {"a": {"how": "done"}}}])
+def test_results_without_a_known_state_are_set_aside(pieces, runner, tmp_path):
+    runner({"check": [Piece("a")]})
+    path = tmp_path / stages.RESULTS
+    path.write_text(json.dumps({**json.loads(path.read_text()), "pieces": pieces}))
+    assert titles(runner({"check": [Piece("b")]})) == ["b"]
+    assert (tmp_path / "gpu-before-1.json").exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"schema": "other"}'])
+def test_a_results_file_that_cannot_be_read_is_left_alone(text, tmp_path, capsys):
+    (tmp_path / stages.RESULTS).write_text(text)
+    assert cli.main(["gpu", "--rehearse", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert (tmp_path / stages.RESULTS).read_text() == text
 
 
 def test_wrong_results_have_the_status_of_wrong_results():
@@ -696,3 +723,124 @@ def test_an_error_in_a_watched_step_leaves_the_mode_as_it_was(monkeypatch):
     with pytest.raises(RuntimeError, match="synchronizing"):
         optimizers.step(None, [torch.zeros(1)])
     assert modes == [0, "error", 0]
+
+
+# What a rehearsal replaces: the same code, with as little in its place as can be.
+
+
+def test_a_case_is_measured_and_judged_as_on_a_gpu(tmp_path, monkeypatch):
+    asked = []
+
+    def timer_for(device, name, cache):
+        asked.append((device, name, cache))
+        return CpuTimer(sleep=lambda seconds: None), name or "host", cache or "host"
+
+    monkeypatch.setattr(stages, "timer_for", timer_for)
+    monkeypatch.setattr(stages, "CASE_S", 0.1)
+    op = OPS["adam"]
+    case = Case(op, op.shapes["small"], STEP, torch.float32, {}, "cpu")
+    goal = targets.Goal("adam", ("small",), STEP, "speed-up", 1e-6, "eager", timer="host")
+    monkeypatch.setattr(stages, "judge", lambda *args: targets.judge(*args, goals=[goal]))
+    bench = stages._Bench("a case", case, ("eager", "torch-fused", "quack"), "", "hot")
+    monkeypatch.setattr(stages, "_benches", lambda rehearse: [bench])
+    monkeypatch.setattr(stages, "_use_tuned", lambda out: "tuned")
+    work = stages._bench_work(stages.Task("bench", ["a case"], 60, str(tmp_path)))
+    rows = list(work["a case"]())
+    assert [(row["kind"], row["b"]) for row in rows] == [("timing", "eager"), ("timing", "torch-fused")]
+    assert asked == [("cuda", "", "hot")]
+    assert rows[0]["reached"] == "met"
+    assert "reached" not in rows[1]
+    # Tiles are those of products.
+    assert rows[0]["config"] is None
+
+
+def test_tiles_tuned_before_are_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: "NVIDIA X1")
+    monkeypatch.setenv("DLGPU_CACHE_DIR", "elsewhere")
+    monkeypatch.setattr(stages._Folder, "name", "")
+    assert stages._use_tuned(tmp_path) == ""
+    (tmp_path / "nvidia-x1.json").write_text("a table")
+    assert stages._use_tuned(tmp_path)
+    assert tuning.user_path("NVIDIA X1").read_text() == "a table"
+    shutil.rmtree(stages._Folder.name)
+
+
+TESTS_THAT_DIE = """
+import json, os, sys
+log, done = os.environ["DLGPU_TESTS_LOG"], open(os.environ["DLGPU_TESTS_DONE"]).read().split()
+for name, outcome in (("t.py::a", "passed"), ("t.py::b", "failed"), ("t.py::c", "passed")):
+    if name in done:
+        continue
+    with open(log, "a") as file:
+        entry = {"id": name, "outcome": outcome, "seconds": 1, "source": os.environ["DLGPU_TESTS_SOURCE"]}
+        file.write(json.dumps(entry) + "\\n")
+    if outcome == "failed":
+        os._exit(3)
+"""
+
+
+@pytest.mark.parametrize(("script", "how"), [(TESTS_THAT_DIE, "done"), ("import os; os._exit(4)", "failed")])
+def test_tests_that_a_test_ends_go_on_behind_it(script, how, tmp_path, monkeypatch):
+    calls, events = [], []
+
+    def command(task, done):
+        calls.append(done)
+        return [sys.executable, "-S", "-c", script]
+
+    monkeypatch.setattr(stages, "_pytest", command)
+
+    class Tell:
+        def begin(self, piece):
+            pass
+
+        def row(self, piece, row):
+            events.append(row)
+
+        def end(self, piece, how="done"):
+            events.append(how)
+
+    stages._correctness(stages.Task("correctness", ["the tests"], 60, str(tmp_path), False, "x"), Tell())
+    assert events[-1] == how
+    if how == "done":
+        assert len(calls) == 2
+        assert [(row["passed"], row["failed"]) for row in events[:-1]] == [(2, 1)]
+    else:
+        assert "status 4" in events[0]["message"]
+
+
+def test_the_whole_suite_is_what_is_run():
+    arguments = stages._pytest(stages.Task("correctness", ["the tests"], 60, "out"), "done")
+    assert arguments[-1] == str(ROOT / "tests")
+    assert arguments[arguments.index("-m", 3) + 1] == "not perf"
+    help_text = subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments[3:-1], "-p", "no:dlgpu.bench.testlog", "--version"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert help_text.returncode == 0, help_text.stderr
+
+
+def test_the_profiler_is_asked_for_one_op(tmp_path, monkeypatch):
+    asked = []
+
+    class Tool:
+        def __init__(self, arguments, env, **more):
+            asked.append(arguments)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def until(self, deadline):
+            return ["==ERROR== ERR_NVGPUCTRPERM - no permission"]
+
+    monkeypatch.setattr(stages, "Lines", Tool)
+    monkeypatch.setattr(stages.tools, "find", lambda name: ["ncu"])
+    task = stages.Task("profile", ["counters softmax"], 60, str(tmp_path))
+    with pytest.raises(RuntimeError, match="ncu: ==ERROR== ERR_NVGPUCTRPERM"):
+        list(stages._counted("softmax", [], None, task))
+    assert asked[0][:3] == ["ncu", "--clock-control", "none"]
+    assert asked[0][-2:] == ["profile", "softmax"]

@@ -141,7 +141,7 @@ def test_every_tile(monkeypatch, tile, aligned):
     def reference(dtype):
         X, W, B, DZ, S = (t.to(dtype) for t in (x, w, b, dz, saved))
         z = F.linear(X, W, B)
-        dz_beneath = lookup("gelu").eager_gradient(DZ @ W, S, 0.0)
+        dz_beneath = torch.ops.aten.gelu_backward(DZ @ W, S)
         return F.gelu(z), z, dz_beneath, dz_beneath.sum(0), DZ.t() @ X
 
     found = (
