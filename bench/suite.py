@@ -36,7 +36,6 @@ __all__ = [
     "default_passes",
     "default_shape",
     "execute",
-    "gpu",
     "metering",
     "plan",
     "run",
@@ -408,7 +407,7 @@ def _op_jobs() -> list[Job]:
     ]
 
 
-def plan(device: str, only: tuple[str, ...] = ()) -> list[Job]:
+def plan(device: str, only: Sequence[str] = ()) -> list[Job]:
     """The jobs for a device, those of `only` if it names sections."""
     measured = Job("ceilings", "what this machine reaches", _ceilings, fixed_s=4 if device == "cpu" else 10)
     jobs = [measured, *_digits_jobs()]
@@ -559,85 +558,55 @@ QUICK_BUDGET_S = 60.0
 SEED = 0
 
 
-def _options(quick: Callable[..., int]) -> Callable[..., int]:
-    for option in (
-        click.option(
-            "--only",
-            multiple=True,
-            type=click.Choice(SECTIONS),
-            help="Only this section; may be given again.",
-        ),
-        click.option("--quick", is_flag=True, help=f"The same as --budget {QUICK_BUDGET_S:.0f}."),
-        click.option(
-            "--budget",
-            type=click.FloatRange(min=0, min_open=True, max=1e6),
-            metavar="SECONDS",
-            help=f"About how long it may take; default: {DEFAULT_BUDGET_S:.0f}.",
-        ),
-        click.option(
-            "--out",
-            type=click.Path(path_type=Path),
-            default=Path("bench-results"),
-            metavar="DIR",
-            show_default=True,
-            help="Where results go: a folder, or a file that ends in .json.",
-        ),
-        click.option(
-            "--device",
-            type=click.Choice(("auto", "cpu", "cuda")),
-            default="auto",
-            show_default=True,
-            help="On what.",
-        ),
-    ):
-        quick = option(quick)
-    return quick
-
-
 @click.command("quick")
-@_options
+@click.option(
+    "--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True, help="On what."
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("bench-results"),
+    metavar="DIR",
+    show_default=True,
+    help="Where results go: a folder, or a file that ends in .json.",
+)
+@click.option(
+    "--budget",
+    type=click.FloatRange(min=0, min_open=True, max=1e6),
+    metavar="SECONDS",
+    help=f"About how long it may take; default: {DEFAULT_BUDGET_S:.0f}.",
+)
+@click.option("--quick", is_flag=True, help=f"The same as --budget {QUICK_BUDGET_S:.0f}.")
+@click.option(
+    "--only", multiple=True, type=click.Choice(SECTIONS), help="Only this section; may be given again."
+)
 @click.pass_context
-def command(context: click.Context, **options: Any) -> int:
-    """What this machine can tell in 3 minutes, then the report.
-
-    On a CPU: every op against torch, and the bytes that a GPU would move. On an NVIDIA GPU: the fused kernels' throughput
-    against the unfused.
-    """
-    return _benchmark("quick", context, **options)
-
-
-@click.command("gpu")
-@_options
-@click.pass_context
-def gpu(context: click.Context, **options: Any) -> int:
-    """Only what needs an NVIDIA GPU: its ceilings, and fused against unfused throughput."""
-    return _benchmark("gpu", context, **options)
-
-
-def _benchmark(
-    suite: str,
-    click_context: click.Context,
+def command(
+    context: click.Context,
     device: str,
     out: Path,
     budget: float | None,
     quick: bool,
     only: Sequence[str],
 ) -> int:
+    """What this machine can tell in 3 minutes, then the report.
+
+    On a CPU: every op against torch, and the bytes that a GPU would move. On an NVIDIA GPU: the fused kernels' throughput
+    against the unfused.
+    """
     found = find_gpu()
-    sections = tuple(only) or (("ceilings", "gpu") if suite == "gpu" else ())
-    wanted = "cuda" if suite == "gpu" and device == "auto" else device
-    device, why = choose_device(wanted, found)
-    if device == "cpu" and "gpu" in sections:
+    device, why = choose_device(device, found)
+    if device == "cpu" and "gpu" in only:
         raise UsageError("--only gpu: that section needs an NVIDIA GPU, and the device is the CPU")
     budget_s = budget or (QUICK_BUDGET_S if quick else DEFAULT_BUDGET_S)
-    arguments = {"suite": suite, "device": device, "budget_s": budget_s, "only": list(sections), "seed": SEED}
+    arguments = {"suite": "quick", "device": device, "budget_s": budget_s, "only": list(only), "seed": SEED}
     return execute(
-        plan(device, sections),
+        plan(device, only),
         out,
         arguments,
         describe(device, why, found),
         budget_s=budget_s,
         seed=SEED,
-        debug=bool((click_context.obj or {}).get("traceback")),
+        debug=bool((context.obj or {}).get("traceback")),
         most_s=MOST_SHARE_S,
     )

@@ -14,6 +14,7 @@ those.
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import json
 import os
@@ -103,9 +104,13 @@ def stand_in() -> list[str]:
     absent = []
     for name, make in (("hypothesis", _without_hypothesis), ("expecttest", _without_expecttest)):
         if name not in sys.modules and importlib.util.find_spec(name) is None:
-            sys.modules[name] = make()
+            found = {name: make()}
             if name == "hypothesis":
-                sys.modules["hypothesis.strategies"] = _Anything("hypothesis.strategies")
+                found["hypothesis.strategies"] = _Anything("hypothesis.strategies")
+            for full, module in found.items():
+                # Others look for it, too.
+                module.__spec__ = importlib.machinery.ModuleSpec(full, None)
+                sys.modules[full] = module
             absent.append(name)
     return absent
 
