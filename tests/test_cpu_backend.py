@@ -180,7 +180,7 @@ def _steps(cls, options, steps, backends=("auto",)):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers_are_torch_s_own(name):
     kind, options = name.split()[0], OPTIMIZERS[name]
-    fused = {"fused": True} if kind != "RMSprop" and name != "SGD" else {}
+    fused = {"fused": True} if kind != "RMSprop" else {}
     ours, params = _steps(getattr(dlgpu.optim, kind), options, 4)
     torchs, expected = _steps(getattr(torch.optim, kind), options | fused, 4)
     for p, e in zip(params, expected, strict=True):

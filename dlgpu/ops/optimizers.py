@@ -820,12 +820,12 @@ class _KernelPart(_Part):
             self.kept.append((self, self.tables, self.launches, self.partials, hyper, amp))
 
 
-def _torch_form(rule: Rule, device: torch.device, keeps: bool) -> dict[str, bool]:
-    """Which of torch's forms: the fastest that it has. `keeps`: the rule has states."""
+def _torch_form(rule: Rule, device: torch.device) -> dict[str, bool]:
+    """Which of torch's forms: the fastest that it has."""
     if device.type != "cpu":
         return {"foreach": True}
-    # RMSprop has no fused form, and a step without states is one pass anyway.
-    return {"fused": True} if keeps and rule is not RMSPROP else {"foreach": False}
+    # RMSprop has no fused form.
+    return {"foreach": False} if rule is RMSPROP else {"fused": True}
 
 
 class _TorchPart(_Part):
@@ -833,7 +833,7 @@ class _TorchPart(_Part):
 
     def __init__(self, rule: Rule, entries: Sequence[_Entry], kept: list[Any]) -> None:
         super().__init__(rule, entries, kept)
-        self.form = _torch_form(rule, self.device, entries[0].states[0] is not None)
+        self.form = _torch_form(rule, self.device)
         # Groups, by their first entry, whose momentum buffers have been filled.
         self.filled: set[int] = set()
         self.groups = [
@@ -930,13 +930,15 @@ class _TorchPart(_Part):
     ) -> None:
         """Torch's SGD starts from buffers of None."""
         entries, kept = [self.entries[n] for n in where], columns[1]
-        if not kept or where[0] in self.filled:
-            self.rule.eager(columns[0], grads, list(kept) or [None] * len(entries), **options)
+        if options.pop("fused", False) and (not kept or where[0] in self.filled):
+            # At once: in a small step, what torch's function does around this takes as long.
+            fused: Any = torch._fused_sgd_
+            fused(columns[0], grads, kept, is_first_step=False, **options)
             return
-        given = [b if e.step is not None and e.step else None for b, e in zip(kept, entries, strict=True)]
-        made = list(given)
+        given = [b if e.step is not None and e.step else None for b, e in zip(kept, entries, strict=False)]
+        made = list(given) if kept else [None] * len(entries)
         # The fused form takes all of them or none.
-        options = {**options, "fused": False, "foreach": True}
+        options["foreach"] = True
         self.rule.eager(columns[0], grads, made, **options)
         for buffer, old, new in zip(kept, given, made, strict=True):
             if old is None and new is not None:
@@ -956,8 +958,7 @@ def _explain(
 
     def steps(backend: str) -> list[tuple[str, str]]:
         if backend == "torch":
-            keeps = rule.counts or bool(options.get("momentum"))
-            form = ", ".join(f"{k}={v}" for k, v in _torch_form(rule, tensors[0].device, keeps).items())
+            form = ", ".join(f"{k}={v}" for k, v in _torch_form(rule, tensors[0].device).items())
             return [("step", f"{rule.eager.__module__}.{rule.eager.__name__}, {form}")]
         if backend == "fallback":
             return [("step", "in place, block by block; 16-bit tensors through float32 copies")]
