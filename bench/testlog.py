@@ -53,7 +53,6 @@ LAST = (
 )
 FIRST = ("test_gpu", "test_gpu_large")
 _LONGEST_MESSAGE = 400
-_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 
 
 class _Anything(types.ModuleType):
@@ -259,11 +258,13 @@ def watch_ops(get: Callable[[], Any], set_mode: Callable[[Any], None], always: b
 def pytest_configure(config: pytest.Config) -> None:
     from .children import die_with_parent
 
-    if not _WORKER:
+    # Not by the environment, which a run within a worker's test inherits.
+    worker = hasattr(config, "workerinput")
+    if not worker:
         # xdist's workers end with it, by their pipe.
         die_with_parent()
     where, done = os.environ.get("DLGPU_TESTS_LOG"), os.environ.get("DLGPU_TESTS_DONE")
-    if where and not _WORKER:
+    if where and not worker:
         recorder = _Recorder(_Log(Path(where), os.environ.get("DLGPU_TESTS_SOURCE", "")))
         config.pluginmanager.register(recorder, "dlgpu-recorder")
     names = set(Path(done).read_text(encoding="utf-8").splitlines()) if done else set()
