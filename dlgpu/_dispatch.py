@@ -43,6 +43,7 @@ __all__ = [
     "may_read",
     "transformed",
     "use_backend",
+    "wanted_backend",
 ]
 
 BACKENDS = ("auto", "triton", "fallback")
@@ -86,6 +87,11 @@ def use_backend(backend: str) -> Iterator[None]:
         _settings.backend = before
 
 
+def wanted_backend() -> str:
+    """This thread's setting."""
+    return _settings.backend or _default_backend
+
+
 def available_backends() -> tuple[str, ...]:
     """The backends that can run here on some device, best first. Makes no CUDA call beyond asking whether there is one."""
     found = []
@@ -107,7 +113,7 @@ def _size(tensor: torch.Tensor) -> int:
 def _choose(tensor: torch.Tensor, op: str) -> tuple[str, str]:
     """(backend, why)."""
     device, dtype = tensor.device, tensor.dtype
-    wanted = _settings.backend or _default_backend
+    wanted = wanted_backend()
     if wanted == "fallback":
         return "fallback", "chosen explicitly"
     cuda = device.type == "cuda"

@@ -241,7 +241,8 @@ def linear_tile(
         warps, stages = 8 if capability >= 100 or dropout else 4, 4 if tma else 3
         return tile(64, 64, warps, stages, 1, 2, "rows of the result not aligned: 2-byte stores by pointers")
     if rows <= 64 and (N < 128 or fills(64, 128)):
-        warps = 4 if capability in (90, 100) and not dropout else 8
+        # On 10.0 four warps spill with the longest gradient.
+        warps = 4 if not dropout and (capability == 90 or (capability == 100 and not gradient)) else 8
         return tile(64, 128, warps, 4 if large_memory else 3, 1, 1, "few rows: one row of tiles")
     if N > 64 and fills(128, 128):
         if dropout:

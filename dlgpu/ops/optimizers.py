@@ -31,6 +31,7 @@ State = dict[str, Any]
 Group = dict[str, Any]
 Tensors = Sequence[torch.Tensor]
 MASTER = "master_param"
+fused_sgd: Any = torch._fused_sgd_
 # torch.nn.utils.clip_grad_norm_ divides by the norm plus this.
 CLIP_EPS = 1e-6
 
@@ -391,13 +392,11 @@ class _Plan:
         extras: Extras,
         cache: Cache,
     ) -> None:
-        first: dict[tuple[torch.device, torch.dtype], tuple[torch.Tensor, str]] = {}
+        backends: dict[tuple[torch.device, torch.dtype], str] = {}
         for p, g in zip(params, grads, strict=True):
             _check(rule, p, g)
-            if (p.device, p.dtype) not in first:
-                first[p.device, p.dtype] = p, _backend(rule, p, extras)
-        # Asked again at each step: the answer may change.
-        self.choices = list(first.values())
+            if (p.device, p.dtype) not in backends:
+                backends[p.device, p.dtype] = _backend(rule, p, extras)
         self.masters: list[tuple[torch.Tensor, torch.Tensor]] = []
         # As torch: a parameter for which nothing is kept has no entry.
         self.states: list[State] = [
@@ -409,7 +408,7 @@ class _Plan:
             for i, (p, own, member) in enumerate(zip(params, self.states, members, strict=True)):
                 if rule.counts and not own:
                     own.update(_new_state(rule, p, groups[member], extras))
-                backend = first[p.device, p.dtype][1]
+                backend = backends[p.device, p.dtype]
                 on_device = _counts_on_device(rule, backend)
                 kept = _normalize(rule, p, own, used[member], extras, cache)
                 count = _counter(rule, p, own, used[member], on_device, cache)
@@ -421,11 +420,10 @@ class _Plan:
                 shares.setdefault((backend, p.device), []).append(entry)
         parts: dict[str, type[_Part]] = {"triton": _KernelPart, "fallback": _ArrayPart, "torch": _TorchPart}
         self.parts = [parts[backend](rule, entries, cache.kept) for (backend, _), entries in shares.items()]
-        self.rule = rule
         self.params = list(params)
         self.alike = _Alike(params)
         self.all_states = list(state.values())
-        self.key = members, used, extras[1:]
+        self.key = self._key(members, used, extras)
         self.values = list(chain.from_iterable(map(dict.values, self.states)))
         # Memory can be exchanged within a tensor, by `.data` or `set_`: whoever does that to states does it to the first.
         slot = rule.slots[0]
@@ -434,6 +432,11 @@ class _Plan:
         self.addresses = list(map(torch.Tensor.data_ptr, self.pointed))
         # Of the parameters that have masters, after our own last step.
         self.versions: list[int] | None = None
+
+    @staticmethod
+    def _key(members: Sequence[int], used: Any, extras: Extras) -> tuple[Any, ...]:
+        """What decides on the parts, but for the parameters: their backends too."""
+        return members, used, extras.max_grad_norm is None, extras[1:], _dispatch.wanted_backend()
 
     def holds(
         self,
@@ -448,11 +451,10 @@ class _Plan:
             _same(params, self.params)
             # A dict in the place of another, or of none.
             and _same(list(state.values()), self.all_states)
-            and (members, used, extras[1:]) == self.key
+            and self._key(members, used, extras) == self.key
             and _same(list(chain.from_iterable(map(dict.values, self.states))), self.values)
             and list(map(torch.Tensor.data_ptr, self.pointed)) == self.addresses
             and self.alike(params)
-            and all(_backend(self.rule, p, extras) == name for p, name in self.choices)
         )
 
     def refresh_masters(self) -> None:
@@ -834,13 +836,19 @@ class _TorchPart(_Part):
     def __init__(self, rule: Rule, entries: Sequence[_Entry], kept: list[Any]) -> None:
         super().__init__(rule, entries, kept)
         self.form = _torch_form(rule, self.device)
-        # Groups, by their first entry, whose momentum buffers have been filled.
-        self.filled: set[int] = set()
         self.groups = [
             (member, where, self._columns(where))
             for member in sorted({e.member for e in entries})
             if (where := [n for n, e in enumerate(entries) if e.member == member])
         ]
+        # Of SGD, by their first entries, groups without momentum, or with buffers that a first step has filled.
+        self.started = {
+            where[0] for _, where, columns in self.groups if self._direct and columns and not columns[1]
+        }
+
+    @property
+    def _direct(self) -> bool:
+        return not self.rule.counts and "fused" in self.form
 
     def _columns(self, where: Sequence[int]) -> list[list[torch.Tensor]] | None:
         """[parameters, states, ..., counters] as torch's functions take them; None where dtypes have to be brought in line."""
@@ -860,30 +868,31 @@ class _TorchPart(_Part):
         return torch.stack([g.detach().double().square().sum() for g in grads])
 
     def update(self, grads: Tensors, hyper: Sequence[_Hyper], amp: _Amp) -> None:
-        with torch.no_grad():
-            factor = self.factor(amp)
-            if factor is not None:
-                grads = [(g if g.dtype.itemsize > 2 else g.float()) * factor.to(g.device) for g in grads]
-            # Torch's functions cannot skip: no way but to wait.
-            if amp.found_inf is None or not amp.found_inf.item():
-                for member, where, columns in self.groups:
-                    options = self._options(where, hyper[member])
-                    if columns is None:
-                        self._group(where, grads, options)
-                    elif self.rule.counts:
-                        found = grads if len(where) == len(grads) else [grads[n] for n in where]
-                        self.rule.eager(columns[0], found, *columns[1:], **options)
-                    else:
-                        self._uncounted(where, columns, [grads[n] for n in where], options)
+        factor = self.factor(amp)
+        if factor is not None:
+            grads = [(g if g.dtype.itemsize > 2 else g.float()).detach() * factor.to(g.device) for g in grads]
+        # Torch's functions cannot skip: no way but to wait.
+        if amp.found_inf is not None and amp.found_inf.item():
+            return
+        for member, where, columns in self.groups:
+            options = self._options(where, hyper[member])
+            found = grads if len(where) == len(grads) else [grads[n] for n in where]
+            if columns is not None and where[0] in self.started:
+                # At once, below autograd: in a small step, what torch's function does around this takes as long.
+                fused_sgd(columns[0], found, columns[1], is_first_step=False, **options)
+                continue
+            with torch.no_grad():
+                if columns is None:
+                    self._group(where, found, options)
+                elif self.rule.counts:
+                    self.rule.eager(columns[0], found, *columns[1:], **options, **self.form)
+                else:
+                    self._uncounted(where, columns, found, options)
 
     def _options(self, where: Sequence[int], hyper: _Hyper) -> dict[str, Any]:
         lr, lr_tensor, options = hyper
         states = self.entries[where[0]].states
-        options = {
-            **options,
-            "lr": lr_tensor if math.isnan(lr) and lr_tensor is not None else lr,
-            **self.form,
-        }
+        options = {**options, "lr": lr_tensor if math.isnan(lr) and lr_tensor is not None else lr}
         if "decoupled" in options:
             options["decoupled_weight_decay"] = options.pop("decoupled")
             options["amsgrad"] = states[2] is not None
@@ -903,15 +912,16 @@ class _TorchPart(_Part):
         columns: list[list[torch.Tensor]] = [[], *[[] for _ in self.rule.slots]]
         back: list[tuple[torch.Tensor, torch.Tensor]] = []
         found = []
-        for p, n, e in zip(params, where, entries, strict=True):
+        for p, g, e in zip(params, grads, entries, strict=True):
             mixed = any(t is not None and t.dtype is not p.dtype for t in e.states)
             for column, t in zip(columns, (p, *e.states), strict=True):
                 if t is not None:
                     column.append(t.float() if mixed else t)
                     back.append((t, column[-1]))
-            found.append(grads[n].detach().to(columns[0][-1].dtype))
+            found.append(g.detach().to(columns[0][-1].dtype))
         if self.rule.counts:
-            self.rule.eager(columns[0], found, *columns[1:], [e.step for e in entries], **options)
+            steps = [e.step for e in entries]
+            self.rule.eager(columns[0], found, *columns[1:], steps, **options, **self.form)
         else:
             self._uncounted(where, columns, found, options)
         for t, new in back:
@@ -930,23 +940,19 @@ class _TorchPart(_Part):
     ) -> None:
         """Torch's SGD starts from buffers of None."""
         entries, kept = [self.entries[n] for n in where], columns[1]
-        if options.pop("fused", False) and (not kept or where[0] in self.filled):
-            # At once: in a small step, what torch's function does around this takes as long.
-            fused: Any = torch._fused_sgd_
-            fused(columns[0], grads, kept, is_first_step=False, **options)
-            return
         given = [b if e.step is not None and e.step else None for b, e in zip(kept, entries, strict=False)]
         made = list(given) if kept else [None] * len(entries)
         # The fused form takes all of them or none.
-        options["foreach"] = True
-        self.rule.eager(columns[0], grads, made, **options)
-        for buffer, old, new in zip(kept, given, made, strict=True):
+        self.rule.eager(columns[0], grads, made, **options, foreach=True)
+        # There are none without momentum.
+        for buffer, old, new in zip(kept, given, made, strict=False):
             if old is None and new is not None:
                 buffer.copy_(new)
         for e in entries:
             if e.step is not None:
                 e.step.add_(1)
-        self.filled.add(where[0])
+        if self._direct:
+            self.started.add(where[0])
 
 
 def _explain(
