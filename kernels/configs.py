@@ -56,22 +56,17 @@ VECTOR_BYTES = 16  # the widest load: 128 bits
 
 # On a CPU: from how many elements of the first operand on NumPy is taken. Ops that are not named are torch's at any size.
 _NUMPY_FROM = {
-    # What torch has no function for: this mask, these options, a second derivative, 16-bit parameters in float32 arithmetic.
+    # What torch has no function for: this mask, these options, a second derivative, logits that are too many to store, 16-bit
+    # parameters in float32 arithmetic.
     "dropout": 0,
     "cross_entropy_extra": 0,
+    "linear_cross_entropy_extra": 0,
     "multi_margin_loss": 0,
     "optimizer_extra": 0,
-    # NumPy's OpenBLAS against torch's MKL: 0.3 to 1.0 of torch's time for 64x1000x1000 and more.
-    "linear": 1 << 15,
-    "mlp": 1 << 15,
-    "gated_linear": 1 << 15,
-    "linear_cross_entropy": 0,
     # Torch's takes one thread and no vectors, or several passes: 0.5 to 0.9 of its time.
     "kl_div": 1 << 16,
     "tanh": 1 << 16,
 }
-
-
 # And up to how many: torch's function is a dozen passes, which memory limits from some size on.
 _NUMPY_UP_TO = {"rmsprop": 1 << 20}
 
@@ -82,7 +77,9 @@ def cpu_backend(op: str, dtype: torch.dtype, numel: int) -> str:
     A rule like that for cuBLAS: whichever was measured ahead. Both forward + backward, float32, torch 2.13 and NumPy 2.4 on an
     AMD EPYC (family 26) with 2 cores. NumPy takes one thread and a pass over memory for each operation, and some 50 us for a
     call, torch's fused kernels two threads and one pass: cross-entropy of 1024 x 1000 takes NumPy 2.2 times as long, layer
-    norm 6 times. float64 is NumPy's: the truth that the others are held to.
+    norm 6 times. Matrix products alone take NumPy half of torch's time; but its threads spin on for a while after each, and
+    what torch does next then waits for a core: a training step takes up to 3 times as long as torch's, a small one 20 times.
+    float64 is NumPy's: the truth that the others are held to.
     """
     numpy = dtype is torch.float64 or numel >= _NUMPY_FROM.get(op, 1 << 62) or numel < _NUMPY_UP_TO.get(op, 0)
     return "fallback" if numpy else "torch"

@@ -40,6 +40,10 @@ CALLS = {
         lambda x, t, c: D.cross_entropy(x, c, t[0].detach(), label_smoothing=0.1, ignore_index=3),
         lambda x, t, c: F.cross_entropy(x, c, t[0].detach(), label_smoothing=0.1, ignore_index=3),
     ),
+    "linear_cross_entropy": (
+        lambda x, t, c: D.linear_cross_entropy(x, t, c, weight=t[:, 0].detach().abs()),
+        lambda x, t, c: F.cross_entropy(F.linear(x, t), c, weight=t[:, 0].detach().abs()),
+    ),
     "softmax": (lambda x, t, c: D.softmax(x, 1), lambda x, t, c: F.softmax(x, 1)),
     "log_softmax": (lambda x, t, c: D.log_softmax(x, 1), lambda x, t, c: F.log_softmax(x, 1)),
     "logsumexp": (lambda x, t, c: D.logsumexp(x, 1), lambda x, t, c: torch.logsumexp(x, 1)),
@@ -116,12 +120,23 @@ def test_float64_is_numpy_s(op, monkeypatch):
 def test_rule():
     small, large = 1 << 10, 1 << 20
     assert configs.cpu_backend("linear", torch.float32, small) == "torch"
-    assert configs.cpu_backend("linear", torch.float32, large) == "fallback"
+    assert configs.cpu_backend("linear", torch.float32, large) == "torch"
+    assert configs.cpu_backend("kl_div", torch.float32, small) == "torch"
+    assert configs.cpu_backend("kl_div", torch.float32, large) == "fallback"
     assert configs.cpu_backend("mse_loss", torch.bfloat16, large) == "torch"
     assert configs.cpu_backend("mse_loss", torch.float64, small) == "fallback"
     assert configs.cpu_backend("dropout", torch.float32, small) == "fallback"
     assert configs.cpu_backend("rmsprop", torch.float32, small) == "fallback"
     assert configs.cpu_backend("rmsprop", torch.float32, large) == "torch"
+
+
+def test_logits_that_do_not_fit_the_budget_are_numpy_s():
+    x, w, c = _operands()
+    logits = M * M * x.itemsize
+    for budget, backend in {logits: "torch", logits - 1: "fallback", 0: "fallback"}.items():
+        assert dlgpu.explain("linear_cross_entropy", x, w, c, memory_budget=budget).backend == backend
+        loss = D.linear_cross_entropy(x, w, c, memory_budget=budget)
+        assert torch.equal(loss, F.cross_entropy(F.linear(x, w), c)) or backend == "fallback"
 
 
 def test_explain_says_which_and_why():
@@ -131,7 +146,7 @@ def test_explain_says_which_and_why():
         assert explanation.backend == "torch"
         assert "ahead of NumPy" in explanation.reason
     big = torch.empty(512, 512)
-    assert dlgpu.explain("linear", big, big).backend == "fallback"
+    assert dlgpu.explain("kl_div", big, big).backend == "fallback"
     assert dlgpu.explain("cross_entropy", x, c, return_lse=True).backend == "fallback"
     assert dlgpu.explain("cross_entropy", x, c, label_smoothing=0.1).backend == "torch"
     assert dlgpu.explain("adam", [x], max_grad_norm=1.0).backend == "fallback"

@@ -3,6 +3,7 @@ kernels/linear_cross_entropy.py."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
@@ -127,8 +128,9 @@ def linear_cross_entropy(
     the logits within the budget. Gradients are exact under any upstream gradient; those of W and b are summed in float32 and
     rounded once. Nothing is skipped: there is no gradient filtering.
 
-    Class probabilities and weights of more than two dimensions go through `linear` and `cross_entropy`, so does double
-    backward through torch's own functions: those store the logits.
+    Class probabilities and weights of more than two dimensions go through `linear` and `cross_entropy`, and so does all that
+    torch's own functions compute (on a CPU, where the logits fit into the budget); double backward takes torch's too. Those
+    store the logits, for an evaluation as well.
 
     Sources: online softmax, Milakov and Gimelshein, arXiv:1805.02867; losses by tiles of the vocabulary, Wijmans et al.,
     arXiv:2411.09009.
@@ -187,7 +189,11 @@ def linear_cross_entropy(
     if probabilities and ignore_index is not None:
         raise RuntimeError(f"{op}: ignore_index cannot be specified when target contains probabilities")
     ignore_index = -100 if ignore_index is None else ignore_index
-    if probabilities or len(outer) > 1:
+    if memory_budget is None:
+        memory_budget = DEFAULT_MEMORY_BUDGET if options is None else 0
+    rows = input if input.dim() == 2 else input.unsqueeze(0)
+    backend = _dispatch.choose_backend(input, _form(rows, math.prod(outer), memory_budget))
+    if probabilities or len(outer) > 1 or backend == "torch":
         bias = None if linear_bias is None else linear_bias.reshape(-1)
         logits = linear(input, linear_weight.reshape(-1, linear_weight.shape[-1]), bias)
         return cross_entropy(
@@ -204,8 +210,6 @@ def linear_cross_entropy(
             return_lse=return_lse,
             return_accuracy=return_accuracy,
         )
-    if memory_budget is None:
-        memory_budget = DEFAULT_MEMORY_BUDGET if options is None else 0
     if target.shape != input.shape[:-1]:
         raise ValueError(
             f"{op}: target has shape {list(target.shape)}, expected {list(input.shape[:-1])}, a class for each row"
@@ -218,7 +222,6 @@ def linear_cross_entropy(
         _checks.require_floating(op, "token_weights", token_weights)
         if token_weights.dtype != input.dtype:
             token_weights = token_weights.to(_statistics_dtype(input))
-    rows = input if input.dim() == 2 else input.unsqueeze(0)
     loss, lse, accuracy = _linear_cross_entropy(
         rows,
         linear_weight,
@@ -234,7 +237,7 @@ def linear_cross_entropy(
         logit_scale,
         return_accuracy,
         memory_budget,
-        _dispatch.choose_backend(input, "linear_cross_entropy"),
+        backend,
     )
     if reduction == "none":
         loss = loss.reshape(target.shape)
@@ -248,6 +251,17 @@ def linear_cross_entropy(
     return CrossEntropyOutput(
         loss, lse.reshape(target.shape) if return_lse else None, accuracy if return_accuracy else None
     )
+
+
+def _form(x: torch.Tensor, V: int, memory_budget: int) -> str:
+    """The op's name, or with "_extra" that of the form that torch has no function for: without all logits stored."""
+    # No guard on sizes in a trace.
+    fits = (
+        memory_budget > 0
+        if torch.compiler.is_compiling()
+        else _kept_columns(x, V, memory_budget, "torch") == V
+    )
+    return "linear_cross_entropy" if fits else "linear_cross_entropy_extra"
 
 
 def _check(
@@ -774,7 +788,7 @@ def _explain(
     options: Any = None,
     memory_budget: int | None = None,
     **rest: Any,
-) -> tuple[torch.Tensor, Any]:
+) -> tuple[torch.Tensor, Any, str]:
     op = "linear_cross_entropy"
     _checks.require_tensor(op, "input", input)
     _checks.require_tensor(op, "linear_weight", linear_weight)
@@ -812,4 +826,4 @@ def _explain(
             (dw, chunks),
         ]
 
-    return input, steps
+    return input, steps, _form(x, V, memory_budget)
