@@ -263,7 +263,7 @@ def crowded(others: float | None) -> bool:
 def _blas_threads() -> int | None:
     """Threads of NumPy's BLAS, where threadpoolctl is there to ask."""
     try:
-        import threadpoolctl  # type: ignore[import-untyped]
+        import threadpoolctl
     except ImportError:
         return None
     pools = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]

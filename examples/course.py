@@ -9,6 +9,7 @@ from pathlib import Path
 
 import matplotlib
 import PIL.Image
+import threadpoolctl
 import torch
 
 import dlgpu
@@ -19,9 +20,8 @@ import matplotlib.pyplot as plt
 # Okabe and Ito's colours, which colour-blind people tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 plt.rcParams["axes.prop_cycle"] = plt.cycler(color=COLOURS)
-plt.rcParams.update(
-    {"axes.grid": True, "grid.alpha": 0.3, "font.size": 9, "legend.fontsize": 8, "figure.dpi": 90}
-)
+plt.rcParams.update({"axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3})
+plt.rcParams.update({"font.size": 9, "legend.fontsize": 8, "figure.dpi": 90})
 
 
 @contextlib.contextmanager
@@ -36,8 +36,14 @@ def lesson(description: str, argv: Sequence[str] | None = None) -> Iterator[argp
     # "triton" without a GPU means Triton's interpreter: slow, and TRITON_INTERPRET=1 has to be set.
     args.device = "cuda" if args.backend != "fallback" and torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
-    with dlgpu.use_backend(args.backend):
-        yield args
+    # The nets are small, and NumPy's threads and torch's wait for each other busily: with one of each it is faster.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpoolctl.threadpool_limits(1), dlgpu.use_backend(args.backend):
+            yield args
+    finally:
+        torch.set_num_threads(threads)
 
 
 def claim(text: str, holds: bool) -> None:

@@ -83,7 +83,8 @@ def plot(dates: np.ndarray, births: np.ndarray, predictions: dict, errors: dict)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=[2, 3], layout="constrained")
     at = np.arange(len(DAYS))
     for shift, column, label in ((-0.2, 0, "2000-2002, trained on"), (0.2, 1, "2003, unseen")):
-        bars = left.bar(at + shift, [errors[days][column] for days in DAYS], 0.4, label=label)
+        heights = [errors[days][column] for days in DAYS]
+        bars = left.bar(at + shift, heights, 0.4, label=label, color=("C0", "C4")[column])
         left.bar_label(bars, fmt="%.0f", fontsize=7)
     left.set(
         xticks=at,

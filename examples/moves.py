@@ -130,11 +130,12 @@ def plot(curves: dict, chance: float, results: dict) -> plt.Figure:
     )
     left.legend(loc="lower right")
     start = [0.0] * len(results)
-    for i, outcome in enumerate(("won", "drawn", "lost")):
+    # Colours that differ in grey too.
+    for i, (outcome, colour) in enumerate((("won", "C0"), ("drawn", "C4"), ("lost", "0.85"))):
         shares = [result[i] for result in results.values()]
-        bars = right.barh(list(results), shares, left=start, label=outcome)
+        bars = right.barh(list(results), shares, left=start, label=outcome, color=colour, edgecolor="k")
         labels = [f"{share:.0f}%" if share >= 4 else "" for share in shares]
-        right.bar_label(bars, labels, label_type="center", color="white", fontweight="bold")
+        right.bar_label(bars, labels, label_type="center", color="k" if i else "w", fontweight="bold")
         start = [a + b for a, b in zip(start, shares, strict=True)]
     right.set(xlabel="games against a random player [%]", title="Outcome, by who plays")
     right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)

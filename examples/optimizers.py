@@ -115,7 +115,7 @@ def plot(paths: dict, curves: dict) -> plt.Figure:
         cmap="Greys",
         norm="log",
         extend="both",
-        alpha=0.5,
+        alpha=0.25,
     )
     figure.colorbar(shades, ax=left, label="loss", ticks=[0.1, 1, 10], format="%g")
     for (name, path), style in zip(paths.items(), STYLES, strict=True):

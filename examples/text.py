@@ -7,6 +7,7 @@ an MLP, and `linear_cross_entropy`, which never stores all logits.
 from __future__ import annotations
 
 import math
+import textwrap
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -108,7 +109,7 @@ def plot(curve: dict, single: float, pair: float, sample: str) -> plt.Figure:
     left.set(xlabel="step", ylabel="cross-entropy on unseen text [bits a letter]", ylim=(0, None))
     left.set_title("Python's reference, letter by letter")
     left.legend(loc="lower left")
-    lines = [line[i : i + 76] for line in sample.splitlines() for i in range(0, max(len(line), 1), 76)]
+    lines = [part for line in sample.splitlines() for part in textwrap.wrap(line, 76) or [""]]
     right.text(0, 1, "\n".join(lines[:20]).replace("$", r"\$"), family="monospace", fontsize=8, va="top")
     right.set(xticks=[], yticks=[], title="What the network writes")
     right.axis("off")

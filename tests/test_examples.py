@@ -19,6 +19,7 @@ import dlgpu
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
 pytest.importorskip("sklearn")
+threadpoolctl = pytest.importorskip("threadpoolctl")
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -106,6 +107,24 @@ def test_backend_and_seed(load, tmp_path):
     assert draws[0] == draws[1] != draws[2]
     with pytest.raises(SystemExit):
         course.lesson("", ["--backend", "none"]).__enter__()
+
+
+def test_one_thread_while_a_lesson_lasts(load):
+    """Or NumPy's threads and torch's wait for each other: up to ten times as long, on two cores."""
+    course = load("course")
+
+    def threads() -> list[int]:
+        return [torch.get_num_threads(), *(pool["num_threads"] for pool in threadpoolctl.threadpool_info())]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        outside = threads()
+        with course.lesson("", []):
+            assert set(threads()) == {1}
+        assert threads() == outside
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_claim_that_does_not_hold_is_an_error(load):
