@@ -21,6 +21,7 @@ import torch
 
 from . import ceilings
 from .cases import FORWARD, OPS
+from .cli import Amount
 from .environment import choose_device, find_gpu
 from .harness import Stop
 from .measure import Case, measure
@@ -231,7 +232,7 @@ def _outcome(cheat: Cheat, case: Case, honest: Layer, share: float, best: dict[s
 @click.command("audit")
 @click.option(
     "--budget",
-    type=click.FloatRange(min=1, max=1e6),
+    type=Amount(min=1, max=1e6),
     default=DEFAULT_BUDGET_S,
     show_default=True,
     metavar="SECONDS",

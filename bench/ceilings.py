@@ -14,6 +14,7 @@ from typing import Any
 import click
 import torch
 
+from .cli import Amount
 from .environment import choose_device, describe, find_gpu, header
 from .harness import Stop, time_one
 from .report import Console, Results
@@ -107,7 +108,7 @@ def _ceiling(
 ) -> Row:
     """`amount` of work in each call, at the median."""
     threads = torch.get_num_threads() if device == "cpu" else 1
-    stop = Stop(budget_s=budget_s / min(threads, 2), max_pairs=200, warmup_s=0.1, min_pairs=5)
+    stop = Stop(budget_s=budget_s / min(threads, 2), max_pairs=200, warmup_s=min(0.1, budget_s), min_pairs=5)
     samples = time_one(function, stop=stop, timer=timer)
     limit = amount / min(samples)
     if threads > 1:
@@ -188,7 +189,7 @@ def _gpu_sizes() -> tuple[int, int, int]:
 @click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True)
 @click.option(
     "--budget",
-    type=click.FloatRange(min=0, min_open=True, max=1e6),
+    type=Amount(min=0, min_open=True, max=1e6),
     default=6.0,
     show_default=True,
     metavar="SECONDS",

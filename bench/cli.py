@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -17,7 +18,7 @@ import click
 
 from .environment import UsageError
 
-__all__ = ["COMMANDS", "EXIT_STATUS", "Names", "bench", "unknown"]
+__all__ = ["COMMANDS", "EXIT_STATUS", "Amount", "Names", "bench", "unknown"]
 
 # Name -> (module, or module:attribute; what it does). Reading order.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -47,6 +48,16 @@ def unknown(what: str, name: str, known: Iterable[str]) -> UsageError:
     close = difflib.get_close_matches(name, names, 3, 0.5)
     rest = f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(names)}"
     return UsageError(f"unknown {what} {name!r}; {rest}")
+
+
+class Amount(click.FloatRange):
+    """A number in a range, which NaN is in none of."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value} is no number", param, ctx)
+        return number
 
 
 class Names(click.ParamType):
@@ -120,6 +131,7 @@ class _Group(click.Group):
             _say(error.format_message() if isinstance(error, click.ClickException) else str(error))
         except (KeyboardInterrupt, click.Abort):
             status = 130
+            print("dlgpu-bench: interrupted", file=sys.stderr)
         except BrokenPipeError:
             # The reader went away (| head). Python would complain again when it flushes at the end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -28,6 +28,7 @@ from typing import Any
 import click
 
 from . import harness, tables
+from .cli import Amount
 from .environment import UsageError
 from .report import load, write_out
 from .tables import plain
@@ -375,7 +376,7 @@ def as_json(comparison: Comparison, fail_slower: float) -> str:
 @click.argument("b", type=click.Path(path_type=Path))
 @click.option(
     "--fail-slower",
-    type=click.FloatRange(0, 1000),
+    type=Amount(0, 1000),
     default=FAIL_SLOWER,
     show_default=True,
     metavar="PCT",
@@ -396,8 +397,6 @@ def as_json(comparison: Comparison, fail_slower: float) -> str:
 )
 def command(a: Path, b: Path, fail_slower: float, basis: str, format_: str, out: Path | None) -> int:
     """What became faster or slower from results file A to results file B."""
-    if math.isnan(fail_slower):
-        raise UsageError("--fail-slower must be a number of percent")
     comparison = compare(load(a), load(b), basis)
     if not comparison.changes and not comparison.wrong:
         raise UsageError(f"{plain(a)} and {plain(b)} have no timing of the same thing: nothing to compare")

@@ -15,14 +15,14 @@ import click
 import torch
 
 from . import interpreted, launches, laws, unfused
-from .cases import STEP, Make, Op
-from .cases._base import bind
+from .cases import STEP
 from .cli import unknown
 from .environment import UsageError
 from .gpus import GPUS
 from .measure import Case
+from .model import laws_of
 from .report import Console
-from .run import DTYPES, PASSES, _chosen, _sizes
+from .run import DTYPES, PASSES, options_of, sizes_of
 
 __all__ = ["command", "explained", "find_gpu"]
 
@@ -45,14 +45,6 @@ def find_gpu(text: str) -> tuple[int, int, str]:
         gpu = _EXAMPLES[int(digits)]
         return gpu.capability, gpu.multiprocessors, f"capability {gpu.capability / 10}, such as {gpu.title}"
     raise unknown("GPU", text, [*GPUS, *(str(capability / 10) for capability in sorted(_EXAMPLES))])
-
-
-def _laws_of(op: Op) -> laws.Laws | str:
-    """The op's laws, from a process in which its kernels are interpreted; or why there are none."""
-    (found,) = interpreted.run("laws", op.name)
-    if "error" in found:
-        return str(found["error"])
-    return laws.Laws(tuple(laws.Law(**law) for law in found["laws"]["laws"]))
 
 
 def _record(found: Mapping[str, Any]) -> launches.Record:
@@ -82,7 +74,6 @@ def explained(
     Raises:
         interpreted.InterpreterError: the interpreter or the compiler failed.
     """
-    op = case.described
     given = {
         "op": case.op,
         "shape": dict(case.shape),
@@ -92,10 +83,10 @@ def explained(
         "capability": capability,
         "multiprocessors": multiprocessors,
     }
-    found = list(interpreted.run("explain", json.dumps(given), module="dlgpu.bench.binaries"))
+    found = list(interpreted.run("explain", json.dumps(given), module="binaries"))
     choices = [step for step in found if step["kind"] == "choice"]
     steps = [step for step in found if step["kind"] != "choice"]
-    known: laws.Laws | str | None = _laws_of(op) if meter else None
+    known: laws.Laws | str | None = dict(laws_of([case.op]))[case.op] if meter else None
     origin = "metered: the laws of the kernels' traffic"
     if not isinstance(known, laws.Laws):
         known, origin = None, "each argument's once" + (f", for {known}" if known else "")
@@ -197,12 +188,7 @@ def lines(
     products = f", {_amount(flops, 'FLOP')}" if flops else ""
     yield f"In all: {len(steps)} launches, {_amount(nbytes, 'B')}{products}{intensity}"
     yield f"  bytes: a COUNT of what must be read and written, {origin}"
-    rows = unfused.operations(
-        lambda: bind(
-            op, op.functions["eager"], case.shape, case.passes, Make("meta", case.dtype), case.options
-        ),
-        warm=case.passes == STEP,
-    )
+    rows = unfused.operations(case.without_memory("eager"), warm=case.passes == STEP)
     total = sum(row.read + row.written for row in rows)
     yield f"  torch eager: {len(rows)} launches, {_amount(total, 'B')}, {total / max(nbytes, 1):.3g} times as many bytes"
 
@@ -250,8 +236,8 @@ def command(
         kind = torch.float16
     if passes and passes not in op.passes:
         raise unknown(f"pass of {op.name}", passes, op.passes)
-    sizes = _sizes(op, shape, "cpu") if shape else dict(next(iter(op.shapes.values())))
-    case = Case(op, sizes, passes or op.passes[-1], kind, _chosen([op], options)[op.name])
+    sizes = sizes_of(op, shape, "cpu") if shape else dict(next(iter(op.shapes.values())))
+    case = Case(op, sizes, passes or op.passes[-1], kind, options_of([op], options)[op.name])
     console = Console()
     try:
         found = explained(case, capability, multiprocessors, meter)

@@ -33,7 +33,7 @@ from . import stages
 from .children import Lines
 from .children import command as module_command
 from .children import environment as child_environment
-from .cli import Names
+from .cli import Amount, Names
 from .environment import UsageError, choose_device, describe, find_gpu, header
 from .report import Console, Results, load
 from .stages import STAGES, Piece, Task
@@ -323,7 +323,7 @@ def _epilogue(runner: Runner, wanted: Sequence[str]) -> str:
 )
 @click.option(
     "--minutes",
-    type=click.FloatRange(min=0, min_open=True, max=1e4),
+    type=Amount(min=0, min_open=True, max=1e4),
     default=MINUTES,
     show_default=True,
     help="It ends before that; all of it takes three calls of 9.",

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 import tempfile
-import threading
+import time
 from collections.abc import Iterator
 from typing import Any
+
+from .children import Lines, command, environment
 
 __all__ = ["InterpreterError", "run"]
 
@@ -26,61 +26,33 @@ class InterpreterError(Exception):
 
 
 def run(
-    job: str, *arguments: str, timeout_s: float = TIMEOUT_S, module: str = "dlgpu.bench.interpreted"
+    job: str, *arguments: str, timeout_s: float = TIMEOUT_S, module: str = "interpreted"
 ) -> Iterator[dict[str, Any]]:
     """The results of a job, as they come.
 
     Args:
-        module: where the job is; any but this one runs where kernels are compiled.
+        module: of this package, where the job is; any but this one runs where kernels are compiled.
 
     Raises:
         InterpreterError: it failed, or ran past its time.
     """
-    from .environment import PACKAGE
-
-    environment = {name: value for name, value in os.environ.items() if name != "DLGPU_BACKEND"}
-    # The package as this process found it, after whatever else there is.
-    path = [p for p in (environment.get("PYTHONPATH"), str(PACKAGE.parent)) if p]
+    interprets = module == "interpreted"
     # A tensor on a GPU would be copied to and fro; there is none to see.
-    environment |= {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(path), "CUDA_VISIBLE_DEVICES": ""}
-    if module != "dlgpu.bench.interpreted":
-        del environment["TRITON_INTERPRET"]
+    env = environment(
+        DLGPU_BACKEND=None, TRITON_INTERPRET="1" if interprets else None, CUDA_VISIBLE_DEVICES=""
+    )
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", module, job, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env=environment,
-            # Ctrl-C is for this process, which ends that one.
-            start_new_session=True,
-        )
-        late = threading.Event()
-
-        def end() -> None:
-            late.set()
-            process.kill()
-
-        overtime = threading.Timer(timeout_s, end)
-        overtime.start()
-        try:
-            # Closes the pipe at the end.
-            with process:
-                try:
-                    yield from map(json.loads, process.stdout or ())
-                    status = process.wait()
-                finally:
-                    process.kill()
-        finally:
-            overtime.cancel()
+        reason = ""
+        with Lines(command(module, job, *arguments), env, errors) as process:
+            try:
+                yield from map(json.loads, process.until(time.monotonic() + timeout_s))
+            except TimeoutError:
+                reason = f"no end after {timeout_s:.0f} s"
         errors.seek(0)
         said = errors.read()
-    if status:
-        last = (said.strip().splitlines() or [f"status {status}"])[-1]
-        reason = f"no end after {timeout_s:.0f} s" if late.is_set() else last
-        what = "Triton's interpreter" if "TRITON_INTERPRET" in environment else "Triton's compiler"
-        raise InterpreterError(f"{what}, {job}: {reason}")
+    if process.status:
+        reason = reason or (said.strip().splitlines() or [f"status {process.status}"])[-1]
+        raise InterpreterError(f"Triton's {'interpreter' if interprets else 'compiler'}, {job}: {reason}")
     # Warnings, which are not to get lost.
     sys.stderr.write(said)
 

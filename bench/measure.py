@@ -16,7 +16,9 @@ order, with what each step is there for:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,7 +32,7 @@ from .cases._base import Bound, NotOffered
 from .environment import Others, one_line
 from .environment import crowded as crowded_by
 from .harness import PairedResult, Stop, interleaved
-from .providers import BOUNDS, Verdict, check
+from .providers import BOUNDS, COMPILED, Verdict, check
 from .report import row_title, timing_row
 from .timers import Timer, sees_waiting, timer_for
 from .unfused import distinct_bytes
@@ -80,6 +82,11 @@ class Case:
     def bind(self, function: Callable[..., Any], seed: int, wide: torch.dtype | None = None) -> Bound:
         make = Make(self.device, self.dtype, seed, wide)
         return Bound(self.described, function, self.shape, self.passes, make, self.options)
+
+    def without_memory(self, library: str) -> Callable[[], Bound]:
+        """Binds a library's function to inputs that have sizes alone, for counting."""
+        meta = dataclasses.replace(self, device="meta")
+        return lambda: meta.bind(self.described.functions[library], 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +213,7 @@ def measure(
     seed: int = 0,
     best: Mapping[str, float] | None = None,
     extras: bool = True,
+    cold: bool = False,
     progress: Callable[[float], None] = lambda share: None,
     again: Callable[[Case], Mapping[str, float]] | None = None,
     **known: Any,
@@ -216,7 +224,8 @@ def measure(
         libraries: name -> function of the op's inputs, ours first.
         timer: by default `timer_for` the device, `timer_name` and `cache`.
         best: the highest rates of the ceilings, for `impossible`.
-        extras: measure memory, the host's part and the first call too.
+        extras: measure memory and the host's part too.
+        cold: and what compiling takes, with the compilers' caches empty, which on a GPU compiles everything anew.
         again: measures the ceilings again, before anything is called impossible.
         known: further keys of the timing rows, such as compulsory_bytes, unfused_bytes and config.
     """
@@ -226,27 +235,32 @@ def measure(
     rows = _Rows(case, section)
     calls: dict[str, Bound] = {}
     first: dict[str, float] = {}
-    for name, function in libraries.items():
-        try:
-            calls[name] = case.bind(function, seed)
-            first[name] = memory.first_call(calls[name], lambda: _wait(case.device))
-        except (NotOffered, ImportError) as error:
-            calls.pop(name, None)
-            yield rows.absent(name, error)
-        except Exception as error:
-            if name == next(iter(libraries)) or isinstance(error, torch.OutOfMemoryError):
-                raise
-            # What another library cannot do does not keep the rest from being measured.
-            calls.pop(name, None)
-            message = f"{name}: {one_line(error)}"
-            yield {"section": section, "kind": "error", "title": case.title, "message": message}
+    refused: list[Row] = []
+    compiling = [name for name in libraries if cold and (case.device == "cuda" or name in COMPILED)]
+    with memory.fresh_compilers() if compiling else contextlib.nullcontext():
+        for name, function in libraries.items():
+            try:
+                calls[name], first[name] = memory.first_call(
+                    functools.partial(case.bind, function, seed), lambda: _wait(case.device)
+                )
+            except (NotOffered, ImportError) as error:
+                refused.append(rows.absent(name, error))
+            except Exception as error:
+                if name == next(iter(libraries)) or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                # What another library cannot do does not keep the rest from being measured.
+                message = f"{name}: {one_line(error)}"
+                refused.append({"section": section, "kind": "error", "title": case.title, "message": message})
+    yield from refused
     # A step is bound anew for each seed, and compiled anew where it is compiled.
     for fresh in (seed + 1, seed + 2)[: 1 if case.passes == STEP else 2]:
         yield from rows.verified(calls, fresh)
     names = list(calls)
     if names[:1] != list(libraries)[:1] or len(names) < 2:
         return
-    costs = {name: _costs(case, calls[name], first[name]) if extras else {} for name in names}
+    costs = {name: _costs(case, calls[name]) if extras else {} for name in names}
+    for name in set(compiling).intersection(names):
+        costs[name]["compile", "_s"] = first[name]
     others = Others()
     results = interleaved(
         list(calls.values()),
@@ -328,13 +342,12 @@ def _timing(
     )
 
 
-def _costs(case: Case, bound: Bound, first: float) -> dict[tuple[str, str], Any]:
+def _costs(case: Case, bound: Bound) -> dict[tuple[str, str], Any]:
     """What a call costs besides time, by (first, last) part of the row's keys."""
     cuda = case.device == "cuda"
     found: dict[tuple[str, str], Any] = {
         ("peak_memory", "_bytes"): memory.peak_bytes(bound, case.device),
         ("host", "_s"): memory.host_seconds(bound, torch.cuda.synchronize) if cuda else None,
-        ("compile", "_s"): first if cuda else None,
     }
     if case.passes not in (STEP, FORWARD):
         found["saved", "_bytes"] = memory.saved_bytes(lambda: bound.function(**bound.inputs), bound.tensors())

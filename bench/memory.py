@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import os
+import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+from unittest import mock
 
 import torch
 
-__all__ = ["first_call", "host_seconds", "peak_bytes", "saved_bytes"]
+__all__ = ["first_call", "fresh_compilers", "host_seconds", "peak_bytes", "saved_bytes"]
+
+Call = TypeVar("Call", bound=Callable[[], object])
 
 # Fewer launches than a stream queues before the host has to wait.
 _QUEUED = 50
@@ -67,12 +75,37 @@ def host_seconds(
 
 
 def first_call(
-    function: Callable[[], object],
+    bind: Callable[[], Call],
     synchronize: Callable[[], object],
     clock: Callable[[], float] = time.perf_counter,
-) -> float:
-    """Seconds of a call that was never made before, compilation included: cold if the compilers' caches are."""
+) -> tuple[Call, float]:
+    """What `bind` makes, and the seconds that this and its first call take: where backward is timed, binding runs forward,
+    and compiles it. Under `fresh_compilers` that is cold compile time."""
     start = clock()
-    function()
+    bound = bind()
+    bound()
     synchronize()
-    return clock() - start
+    return bound, clock() - start
+
+
+@contextlib.contextmanager
+def fresh_compilers() -> Iterator[None]:
+    """Triton's and torch.compile's caches, on disk and in this process, are empty; those on disk come back afterwards. What
+    was compiled before stays in use where it is held, and is compiled again where it is looked up."""
+    import torch._dynamo
+    from torch._inductor.utils import clear_caches
+
+    kernels = [known for known in gc.get_objects() if type(known).__name__ == "JITFunction"]
+    for kernel in kernels:
+        # Compiled kernels by device; also those of other libraries.
+        getattr(kernel, "device_caches", {}).clear()
+    torch._dynamo.reset()
+    with tempfile.TemporaryDirectory(prefix="dlgpu-bench-", ignore_cleanup_errors=True) as folder:
+        places = {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": os.path.join(folder, "triton")}
+        clear_caches()
+        try:
+            with mock.patch.dict(os.environ, places):
+                yield
+        finally:
+            # They hold the names of files that are about to go.
+            clear_caches()

@@ -26,13 +26,14 @@ import torch
 from dlgpu.kernels import _triton
 
 from . import ceilings, compiled, gpus, interpreted, report, run, tables, unfused
-from .cases import BOTH, OPS, STEP, Make, Op
-from .cases._base import Bound, NotOffered
-from .cli import Names, unknown
+from .cases import BOTH, OPS, STEP, Op
+from .cases._base import NotOffered
+from .cli import Amount, Names, unknown
 from .environment import UsageError, describe, find_gpu
 from .gpus import GPUS, Gpu
 from .launches import Limits, Record, dry_run
 from .laws import Law, LawError, Laws
+from .measure import Case
 from .report import Console, Results
 
 __all__ = ["Launch", "Settings", "command", "laws_of", "rows"]
@@ -78,39 +79,6 @@ class Settings:
     crossover: str | None = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Case:
-    """An op at a size, in a dtype, with a pass and options."""
-
-    op: Op
-    shape: Mapping[str, int]
-    passes: str
-    dtype: torch.dtype
-    options: Mapping[str, Any]
-
-    @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
-
-    @property
-    def title(self) -> str:
-        about = {name: getattr(self, name) for name in ("passes", "shape", "options")}
-        return f"{report.row_title({'op': self.op.name, **about})} {self.dtype_name}"
-
-    def bind(self, library: str) -> Callable[[], Callable[[], object]]:
-        return lambda: Bound(
-            self.op,
-            self.op.functions[library],
-            self.shape,
-            self.passes,
-            Make("meta", self.dtype),
-            self.options,
-        )
-
-    def at(self, shape: Mapping[str, int]) -> _Case:
-        return dataclasses.replace(self, shape=shape)
-
-
 # The laws of each op, or why there are none: metering takes seconds, and they hold as long as the kernels do.
 _LAWS: dict[str, Laws | str] = {}
 
@@ -144,13 +112,13 @@ def limits_of(gpu: Gpu) -> Limits:
     return gpu.capability, shared_memory_limit(gpu.capability), gpu.multiprocessors
 
 
-def fused(case: _Case, gpu: Gpu, laws: Laws) -> list[Launch]:
+def fused(case: Case, gpu: Gpu, laws: Laws) -> list[Launch]:
     """What dlgpu would launch on a GPU.
 
     Raises:
         LawError: no law covers some launch.
     """
-    steps = dry_run(case.bind("dlgpu"), limits_of(gpu), warm=case.passes == STEP)
+    steps = dry_run(case.without_memory("dlgpu"), limits_of(gpu), warm=case.passes == STEP)
     found = []
     for step in steps:
         if isinstance(step, Record):
@@ -165,9 +133,11 @@ def _operation(row: unfused.Row) -> Launch:
     return Launch(row.op, row.read + row.written, None, row.flops)
 
 
-def eager(case: _Case) -> list[Launch]:
+def eager(case: Case) -> list[Launch]:
     """What torch's eager form runs."""
-    return [_operation(row) for row in unfused.operations(case.bind("eager"), warm=case.passes == STEP)]
+    return [
+        _operation(row) for row in unfused.operations(case.without_memory("eager"), warm=case.passes == STEP)
+    ]
 
 
 def bound_s(launches: Iterable[Launch], gpu: Gpu, dtype: str) -> float:
@@ -217,22 +187,22 @@ def rows(
         yield from _rows_of(case, laws, gpu_list or [GPUS[gpu] for gpu in DEFAULT_GPUS], settings)
 
 
-def _case(op: Op, settings: Settings) -> _Case:
+def _case(op: Op, settings: Settings) -> Case:
     passes = settings.passes if settings.passes in op.passes else STEP if STEP in op.passes else BOTH
     dtype = settings.dtype or (torch.float32 if op.passes == (STEP,) else torch.bfloat16)
     shape = settings.shape or run.default_shape(op.name, "cuda")
     if "=" not in shape and shape not in op.shapes:
         shape = run.default_shape(op.name, "cuda")
-    return _Case(
+    return Case(
         op,
-        run._sizes(op, shape, "cuda"),
+        run.sizes_of(op, shape, "cuda"),
         passes,
         dtype,
-        {**op.defaults(), **run._chosen([op], settings.options)[op.name]},
+        run.options_of([op], settings.options)[op.name],
     )
 
 
-def _rows_of(case: _Case, laws: Laws, gpu_list: Sequence[Gpu], settings: Settings) -> Iterator[Row]:
+def _rows_of(case: Case, laws: Laws, gpu_list: Sequence[Gpu], settings: Settings) -> Iterator[Row]:
     try:
         operations = {"torch eager": eager(case)}
     except NotOffered as error:
@@ -241,11 +211,11 @@ def _rows_of(case: _Case, laws: Laws, gpu_list: Sequence[Gpu], settings: Setting
     absent = None
     if settings.inductor:
         try:
-            kernels = compiled.kernels(case.op, case.shape, case.passes, case.dtype, case.options)
+            kernels = compiled.kernels(case.described, case.shape, case.passes, case.dtype, case.options)
             operations["torch.compile"] = [Launch("inductor", k.nbytes, None, k.flops) for k in kernels]
         except compiled.NotCounted as error:
             absent = f"torch.compile not available: {error}"
-    counted = functools.lru_cache(None)(lambda sizes: eager(case.at(dict(sizes))))
+    counted = functools.lru_cache(None)(lambda sizes: eager(dataclasses.replace(case, shape=dict(sizes))))
     for gpu in gpu_list:
         title = f"MODEL: {case.title} on {gpu.title}"
         rate = _rate_name(case.dtype)
@@ -267,7 +237,7 @@ def _rows_of(case: _Case, laws: Laws, gpu_list: Sequence[Gpu], settings: Setting
 
 
 def _row(
-    case: _Case,
+    case: Case,
     gpu: Gpu,
     rate: str,
     launches: Sequence[Launch],
@@ -287,7 +257,7 @@ def _row(
     return {
         "section": "model",
         "kind": "model",
-        "op": case.op.name,
+        "op": case.op,
         "options": dict(case.options),
         "passes": case.passes,
         "shape": dict(case.shape),
@@ -352,7 +322,7 @@ def varied_size(op: Op) -> str:
 
 
 def _crossover(
-    case: _Case,
+    case: Case,
     gpu: Gpu,
     rate: str,
     laws: Laws,
@@ -360,9 +330,9 @@ def _crossover(
     settings: Settings,
 ) -> Row:
     """Where along one size fusing stops paying: the gain falls below WORTH."""
-    name = settings.crossover or varied_size(case.op)
+    name = settings.crossover or varied_size(case.described)
     if name not in case.shape:
-        raise unknown(f"size of {case.op.name}", name, case.shape)
+        raise unknown(f"size of {case.op}", name, case.shape)
     given = case.shape[name]
     sizes = sorted({max(given * step // _RANGE, 1) for step in (2**i for i in range(13))})
     if "tensors" in case.shape and name == "n":
@@ -371,7 +341,7 @@ def _crossover(
     for size in sizes:
         shape = {**case.shape, name: size}
         try:
-            ours = fused(case.at(shape), gpu, laws)
+            ours = fused(dataclasses.replace(case, shape=shape), gpu, laws)
             others = counted(tuple(shape.items()))
         except (LawError, RuntimeError, ValueError):
             # No law, or no such size: what is known of the other sizes stands.
@@ -474,13 +444,13 @@ def header(gpu_list: Sequence[Gpu]) -> list[str]:
 @click.option("--option", "options", multiple=True, metavar="K=V", help="Of the op; may be given again.")
 @click.option(
     "--bandwidth",
-    type=click.FloatRange(min=0, min_open=True, max=1e6),
+    type=Amount(min=0, min_open=True, max=1e6),
     metavar="GB/S",
     help="Measured, in place of the datasheet's.",
 )
 @click.option(
     "--flops",
-    type=click.FloatRange(min=0, min_open=True, max=1e6),
+    type=Amount(min=0, min_open=True, max=1e6),
     metavar="TFLOP/S",
     help="Of the dtype's products, measured, in place of the datasheet's.",
 )
@@ -493,7 +463,7 @@ def header(gpu_list: Sequence[Gpu]) -> list[str]:
 )
 @click.option(
     "--launch-us",
-    type=click.FloatRange(min=0, max=1e6),
+    type=Amount(min=0, max=1e6),
     metavar="US",
     help="What each launch costs; default: launches are counted, and cost nothing.",
 )
@@ -527,6 +497,9 @@ def command(
         if name not in OPS:
             raise unknown("op", name, OPS)
     _check_shape([OPS[name] for name in ops] or list(OPS.values()), shape, vary, named=bool(ops))
+    for op in (OPS[name] for name in ops if passes):
+        if passes not in op.passes:
+            raise unknown(f"pass of {op.name}", str(passes), op.passes)
     chosen = run.DTYPES[dtype] if dtype else None
     gpu_list = chosen_gpus(
         gpu_names, bandwidth and bandwidth * 1e9, flops and flops * 1e12, ceilings_file, chosen
@@ -580,6 +553,7 @@ def _show(names: Sequence[str], gpu_list: Sequence[Gpu], settings: Settings, out
     except KeyboardInterrupt:
         if results is not None:
             results.finish("interrupted")
+            console.line(f"\nMODEL: {len(results.rows)} rows are kept in {results.json_path}")
         raise
     except interpreted.InterpreterError as error:
         if results is not None:

@@ -108,7 +108,7 @@ def load(spec: str, batch: int | None = None) -> Subject:
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):
             raise UsageError(f"{where}: there is no module {error.name}, here or installed") from None
         raise UsageError(f"{where}: importing {name} needs {error.name}, which is not installed") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"{where}: importing {name} failed: {one_line(error)}") from None
     finally:
         if here in sys.path:
@@ -124,7 +124,7 @@ def load(spec: str, batch: int | None = None) -> Subject:
         raise UsageError(f"{where}: {attribute} is a {kind}, expected a function that makes a model")
     try:
         made = function() if batch is None else function(batch=batch)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"{where}: {attribute}() failed: {one_line(error)}") from None
     return _subject(where, made)
 
@@ -270,10 +270,11 @@ def jobs(
         try:
             moved = subject.to(device, dtype)
             Step(moved)()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UsageError(f"--module {spec}: a training step as it is failed: {one_line(error)}") from None
         comparison = _Comparison(spec, moved, device, seed, steps, compiled)
-        found.append(Job("module", f"a training step of {spec}", comparison, weight=1, fixed_s=30))
+        # Not the user's names: titles go into the file.
+        found.append(Job("module", "a training step", comparison, weight=1, fixed_s=30))
     return found
 
 

@@ -31,6 +31,8 @@ UNFUSED = ("eager", "torch")
 MOST_BARS = 36
 MOST_PANELS = 12
 LONGEST_LABEL = 54
+# Inches.
+WIDTH = 9.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +129,9 @@ def as_svg(figure: Any, name: str) -> str:
         text = text.replace(getattr(_PLACEHOLDERS, field.name), f"var(--{field.name})")
     text = re.sub(r'\b(id="|href="#|url\(#)', rf"\1{name}-", text)
     text = re.sub(r'(<svg [^>]*?)width="[^"]*"|height="[^"]*pt"', lambda m: m[1] or "", text, count=2)
-    return text.replace("<svg ", '<svg role="img" ', 1)
+    # The page is as wide as the widest figures: the text of a narrower one is not to grow.
+    widest = f"max-width: {100 * figure.get_figwidth() / WIDTH:.4g}%"
+    return text.replace("<svg ", f'<svg role="img" style="{widest}" ', 1)
 
 
 def as_png(figure: Any, theme: Theme, dpi: int = 110, source: str = "") -> bytes:
@@ -181,7 +185,7 @@ def _parts(rows: Sequence[Any], most: int = MOST_BARS) -> Iterator[list[Any]]:
         yield [rows[i] for i in part]
 
 
-def _bars(rows: Sequence[Row], width: float = 9.0, extra: float = 0.9) -> tuple[Any, Any, np.ndarray]:
+def _bars(rows: Sequence[Row], width: float = WIDTH, extra: float = 0.9) -> tuple[Any, Any, np.ndarray]:
     """A figure with a row of labelled bars each, the first on top."""
     figure = _figure(width, extra + 0.42 * len(rows))
     axes = figure.subplots()
@@ -279,7 +283,7 @@ def roofline(document: Row, theme: Theme) -> Plot:
     points = _roofline_points(document)
     if not points:
         return dataclasses.replace(plot, absent="no timing has both a FLOP count and metered bytes")
-    figure = _figure(9.0, 5.2)
+    figure = _figure(WIDTH, 5.2)
     axes, key = figure.subplots(1, 2, width_ratios=[1.9, 1])
     speed, peak = bandwidth["value"], peaks[-1]["value"]
     xs = [x for point in points for x in (point["x"], point["other"][0] if point["other"] else point["x"])]
@@ -506,7 +510,7 @@ def time_against_size(document: Row, theme: Theme) -> Plot:
     for part in _parts(list(several.items()), MOST_PANELS):
         columns = min(3, len(part))
         lines = math.ceil(len(part) / columns)
-        figure = _figure(9.0 if columns > 1 else 5.5, 0.6 + 2.6 * lines)
+        figure = _figure(WIDTH if columns > 1 else 5.5, 0.6 + 2.6 * lines)
         panels = figure.subplots(lines, columns, squeeze=False).ravel()
         for panel in panels[len(part) :]:
             panel.axis("off")
@@ -519,7 +523,7 @@ def time_against_size(document: Row, theme: Theme) -> Plot:
 
 
 def _size_panel(panel: Any, key: tuple[Any, ...], rows: list[Row], theme: Theme) -> None:
-    op, options, passes, dtype, _, b, *_ = key
+    _, _, passes, dtype, _, b, *_ = key
     names = list(rows[0]["shape"])
     varying = [name for name in names if len({row["shape"][name] for row in rows}) > 1]
     sizes = [math.prod(max(row["shape"][name], 1) for name in varying) for row in rows]
@@ -539,8 +543,8 @@ def _size_panel(panel: Any, key: tuple[Any, ...], rows: list[Row], theme: Theme)
     panel.set_yscale("log")
     _plain_log_ticks(panel.yaxis)
     _plain_log_ticks(panel.xaxis)
-    first = _cut(plain(f"{op} {passes}"), 34)
-    second = _cut(plain(", ".join(filter(None, [options, dtype, f"vs {b}"]))), 40)
+    first = _cut(f"{op_title(rows[0])} {plain(passes)}", 40)
+    second = _cut(plain(f"{dtype}, vs {b}"), 40)
     panel.set_title(f"{first}\n{second}", fontsize=7.5, loc="left")
     panel.set_xlabel(f"size, {_cut(plain(' x '.join(varying)), 24)}", fontsize=8)
     panel.set_ylabel("time (ms)", fontsize=8)
@@ -583,10 +587,10 @@ def where_from(document: Row, theme: Theme) -> Plot:
             continue
         ours, other = median(row["samples_a_s"]), median(row["samples_b_s"])
         by_bytes = (row["unfused_bytes"] - row["compulsory_bytes"]) / ceiling["value"]
-        counted = launches is not None and None not in (row.get("launches_a"), row.get("launches_b"))
-        by_launches = (
-            (row["launches_b"] - row["launches_a"]) / launches["value"] if launches and counted else 0.0
-        )
+        fused, unfused = row.get("launches_a"), row.get("unfused_launches")
+        by_launches = 0.0
+        if launches is not None and fused is not None and unfused is not None:
+            by_launches = (unfused - fused) / launches["value"]
         saved = other - ours
         rows.append(row)
         parts.append(100 / other * np.array([by_bytes, by_launches, saved - by_bytes - by_launches, saved]))

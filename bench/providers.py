@@ -20,7 +20,18 @@ import dlgpu
 
 from .cases import Op
 
-__all__ = ["BOUNDS", "PROVIDERS", "Provider", "Verdict", "absent", "check", "function", "offered", "version"]
+__all__ = [
+    "BOUNDS",
+    "COMPILED",
+    "PROVIDERS",
+    "Provider",
+    "Verdict",
+    "absent",
+    "check",
+    "function",
+    "offered",
+    "version",
+]
 
 Outputs = Sequence[torch.Tensor]
 Function = Callable[..., Any]
@@ -106,6 +117,8 @@ PROVIDERS = {
 }
 # These compute less than the op: their truth is what they themselves give in float64.
 BOUNDS = ("cublaslt",)
+# These compile on a CPU too.
+COMPILED = ("compile", "compile-max")
 
 
 def version(provider: Provider) -> str | None:

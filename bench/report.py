@@ -18,12 +18,12 @@ listed here are allowed, kept and, where they are plain numbers or texts, shown.
               interval at `confidence`, below 1 a is faster; pairs; converged; dropped: how many pairs were left out as
               disturbed or throttled, and dropped_samples: those, each {a_s, b_s, why}; others: cores that other processes
               kept busy meanwhile, and crowded: too many for this to be a timing of the providers. Null where not measured:
-              compulsory_bytes of a, and unfused_bytes of torch's operations one by one; launches_a, launches_b; flops;
-              bytes_per_s and flops_per_s of a; peak_memory_a_bytes, peak_memory_b_bytes: above what was allocated before
-              the call; saved_a_bytes, saved_b_bytes: kept for backward; host_a_s, host_b_s: the host's part of a call;
-              compile_a_s, compile_b_s: the first call, compiling; config: of a's kernels; clocks: of the GPU in MHz, one
-              entry a pair. Where there was a goal: target: in words, reached: "met", "missed" or "open", and targets: each
-              by itself, {target, value, low, high, met}
+              compulsory_bytes and launches_a of a; unfused_bytes and unfused_launches of torch's operations one by one;
+              flops; bytes_per_s and flops_per_s of a; peak_memory_a_bytes, peak_memory_b_bytes: above what was allocated
+              before the call; saved_a_bytes, saved_b_bytes: kept for backward; host_a_s, host_b_s: the host's part of a
+              call; compile_a_s, compile_b_s: making the inputs and the first call, with the compilers' caches empty;
+              config: of a's kernels; clocks: of the GPU in MHz, one entry a pair. Where there was a goal: target: in words,
+              reached: "met", "missed" or "open", and targets: each by itself, {target, value, low, high, met}
     training  a, b, losses_a, losses_b: one entry a step; accuracy_a, accuracy_b: on held-out data; epochs, batch, seed,
               device
     kernels   losses: of the kernels in Triton's interpreter, one entry a step; max_difference from the training row's b
@@ -61,6 +61,7 @@ import errno
 import json
 import math
 import os
+import re
 import stat
 import sys
 import tempfile
@@ -142,7 +143,8 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
 _TEXT, _NUMBER, _POSITIVE, _COUNT = "a text", "a number", "a positive number", "a number of at least 0"
 _CASE = {"op": _TEXT, "passes": _TEXT, "shape": "sizes by name", "dtype": _TEXT}
 _MEASURED = (
-    *("compulsory_bytes", "unfused_bytes", "launches_a", "launches_b", "flops", "bytes_per_s", "flops_per_s"),
+    *("compulsory_bytes", "unfused_bytes", "launches_a", "unfused_launches"),
+    *("flops", "bytes_per_s", "flops_per_s"),
     *("peak_memory_a_bytes", "peak_memory_b_bytes", "saved_a_bytes", "saved_b_bytes"),
     *("host_a_s", "host_b_s", "compile_a_s", "compile_b_s"),
 )
@@ -443,7 +445,7 @@ class Results:
         return found
 
     def add(self, row: dict[str, Any]) -> None:
-        self.rows.append(_finite({"at_s": round(time.monotonic() - self._start, 3), **row}))
+        self.rows.append(_finite(_anybodys({"at_s": round(time.monotonic() - self._start, 3), **row})))
         self.save()
 
     def finish(self, status: str) -> None:
@@ -506,6 +508,23 @@ def _refuse_to_overwrite(path: Path) -> None:
         raise UsageError(f"{plain(path)} is there and holds no results: it is not overwritten")
 
 
+# Not within a word, as in GB/s, nor of a URL.
+_ABSOLUTE = re.compile(r"(?<![\w/.])(?:~?/[^\s/'\":;,()<>]+)(?:/[^\s/'\":;,()<>]+)*/([^\s/'\":;,()<>]+)")
+
+
+def _anybodys(value: Any) -> Any:
+    """The same with the last part alone of what looks like an absolute path, as others' errors name them: whose machine it is
+    does not go into the file."""
+    if isinstance(value, str):
+        return _ABSOLUTE.sub(r"\1", value)
+    if isinstance(value, dict):
+        return {key: _anybodys(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        # Samples, thousands of them, hold no text.
+        return [_anybodys(inner) if isinstance(inner, (str, dict, list)) else inner for inner in value]
+    return value
+
+
 def _finite(value: Any) -> Any:
     """The same with null for what is no finite number, which JSON has no word for."""
     if isinstance(value, float):
@@ -552,7 +571,11 @@ def write_out(text: str, out: Path | None) -> None:
     try:
         if out.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        write_whole(out, text)
+        if out.exists() and not out.is_file():
+            # A pipe or a device, such as /dev/stdout: written to, not put something in the place of.
+            out.write_bytes(text.encode("utf-8", "backslashreplace"))
+        else:
+            write_whole(out, text)
     except (OSError, ValueError) as error:
         raise UsageError(f"{plain(out)}: cannot be written: {_reason(error)}") from None
 

@@ -13,14 +13,14 @@ import click
 import torch
 
 from .cases import OPS, Op
-from .cli import Names, unknown
+from .cli import Amount, Names, unknown
 from .environment import UsageError, choose_device, describe, find_gpu
 from .measure import Case
 from .providers import PROVIDERS, absent, offered
-from .suite import Job, compare, default_passes, default_shape, execute
+from .suite import Job, compare, default_passes, default_shape, execute, measured_ceilings, metering
 from .timers import timer_for
 
-__all__ = ["DTYPES", "Plan", "command", "planned"]
+__all__ = ["DTYPES", "PASSES", "Plan", "command", "options_of", "planned", "sizes_of"]
 
 Row = dict[str, Any]
 
@@ -42,13 +42,19 @@ LARGEST_SIZE = 1 << 40
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a command line comes to: jobs, and the rows that are known before any of them runs."""
+    """What a command line comes to.
+
+    jobs: what is compared.
+    rows: those that are known before any job runs.
+    first: the jobs that the others' rows need: ceilings, and on a GPU the bytes of the kernels.
+    """
 
     jobs: list[Job]
     rows: list[Row]
+    first: list[Job] = dataclasses.field(default_factory=list)
 
 
-def _sizes(op: Op, text: str, device: str) -> dict[str, int]:
+def sizes_of(op: Op, text: str, device: str) -> dict[str, int]:
     """The shape that a name or k=v,... stands for; sizes that are not named are those of the default."""
     if "=" not in text:
         if text not in op.shapes:
@@ -71,13 +77,15 @@ def _sizes(op: Op, text: str, device: str) -> dict[str, int]:
     return found
 
 
-def _chosen(ops: Sequence[Op], settings: Iterable[str]) -> dict[str, dict[str, Any]]:
+def options_of(ops: Sequence[Op], settings: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Op -> option -> choice. Each k=v must fit one op at least."""
     found: dict[str, dict[str, Any]] = {op.name: {} for op in ops}
     for text in settings:
         name, equals, value = (piece.strip() for piece in text.partition("="))
         having = [op for op in ops if name in op.options]
-        if not equals or not having:
+        if not equals:
+            raise UsageError(f"--option {text}: expected K=V, such as activation=relu")
+        if not having:
             known = dict.fromkeys(option for op in ops for option in op.options)
             if not known:
                 raise UsageError(f"--option {text}: {', '.join(op.name for op in ops)} has no options")
@@ -134,14 +142,14 @@ def planned(
     for name in dtypes:
         if name not in DTYPES:
             raise unknown("dtype", name, DTYPES)
-    chosen = _chosen(ops, options)
+    chosen = options_of(ops, options)
     try:
         used = timer_for(device, timer, cache)
     except ValueError as error:
         raise UsageError(str(error)) from None
     missing = {name: why for name in (ours, *rivals) if (why := absent(PROVIDERS[name], device))}
     if ours in missing:
-        raise UsageError(f"{ours} {missing[ours]}")
+        raise UsageError(f"{ours}: {missing[ours]}")
     rows: list[Row] = [
         {"section": "run", "kind": "absent", "provider": name, "reason": why} for name, why in missing.items()
     ]
@@ -150,7 +158,7 @@ def planned(
         raise UsageError(
             f"nobody to compare with: {'; '.join(f'{name}: {why}' for name, why in missing.items())}"
         )
-    jobs = []
+    jobs, cases = [], []
     for op in ops:
         wanted_passes = [p for p in (passes or (default_passes(op.name),)) if p in op.passes]
         if passes and not wanted_passes and len(ops) == 1:
@@ -161,7 +169,7 @@ def planned(
             dict.fromkeys(DTYPES[name] for name in dtypes) or op.dtypes[:1],
             wanted_passes,
         ):
-            case = Case(op, _sizes(op, text, device), p, dtype, chosen[op.name], device)
+            case = Case(op, sizes_of(op, text, device), p, dtype, chosen[op.name], device)
             able = []
             for name in here:
                 if reason := offered(op, name, case.options, p):
@@ -177,12 +185,16 @@ def planned(
             if reason := offered(op, ours, case.options, p):
                 raise UsageError(f"{ours} {reason}")
             if able:
-                jobs.append(compare(case, able, ours=ours, section="run", timer=used))
+                cases.append(case)
+                jobs.append(compare(case, able, ours=ours, section="run", timer=used, cold=True))
     if not jobs:
         raise UsageError(
             "; ".join(dict.fromkeys(f"{r['title']}: {r['reason']}" for r in rows if "title" in r))
         )
-    return Plan(jobs, rows)
+    first = [measured_ceilings(device, tuple(dict.fromkeys(case.dtype for case in cases)))]
+    if device == "cuda" and ours == "dlgpu":
+        first.append(metering(list(dict.fromkeys(case.op for case in cases)), "run"))
+    return Plan(jobs, rows, first)
 
 
 def _examples(names: Iterable[str]) -> str:
@@ -235,9 +247,9 @@ def _examples(names: Iterable[str]) -> str:
 @click.option("--timer", type=click.Choice(("graph", "events", "host")), help="Default: events on a GPU.")
 @click.option(
     "--budget",
-    type=click.FloatRange(min=0, min_open=True, max=1e6),
+    type=Amount(min=0, min_open=True, max=1e6),
     metavar="SECONDS",
-    help=f"For all together, about; default: {CASE_S:.0f} a case.",
+    help=f"For all timings together, about; default: {CASE_S:.0f} a case.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True)
 @click.option(
@@ -322,4 +334,5 @@ def command(
         seed=seed,
         debug=debug,
         before=plan.rows,
+        first=plan.first,
     )

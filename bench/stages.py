@@ -35,7 +35,6 @@ from dlgpu.kernels import _triton, tuning
 
 from . import ceilings, model, rehearsal, smallest, tools, tune, variants
 from .cases import FORWARD, OPS, STEP
-from .cases._base import Bound, Make
 from .children import Lines, command, die_with_parent, environment, gpu_is_broken
 from .environment import PACKAGE, cores, one_line
 from .gpu import TARGETS
@@ -679,13 +678,10 @@ def _bytes_of(row: Row, laws: Laws) -> Row:
 
 
 def _rates(row: Row, laws: Laws, best: Mapping[str, float]) -> Row:
-    op, dtype = OPS[row["op"]], getattr(torch, row["dtype"])
-
-    def bind() -> Callable[[], object]:
-        make = Make("meta", dtype)
-        return Bound(op, op.functions["dlgpu"], row["shape"], row["passes"], make, row["options"])
-
-    steps = dry_run(bind, _triton.device_limits(_device()), warm=row["passes"] == STEP)
+    dtype = getattr(torch, row["dtype"])
+    case = Case(OPS[row["op"]], row["shape"], row["passes"], dtype, row["options"])
+    limits_here = _triton.device_limits(_device())
+    steps = dry_run(case.without_memory("dlgpu"), limits_here, warm=row["passes"] == STEP)
     compulsory, requested, flops = 0, 0, 0
     for step in steps:
         flops += step.flops

@@ -240,7 +240,7 @@ def _target(row: Row) -> str:
 
 
 def _how(row: Row) -> str:
-    return plain(" ".join(filter(None, [row.get("cache"), row.get("timer")])))
+    return plain(" ".join(dict.fromkeys(filter(None, [row.get("cache"), row.get("timer")]))))
 
 
 def _unfused(row: Row) -> str:
@@ -417,7 +417,8 @@ def summary(document: Row) -> str:
     said = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
     clear = [1 / row["ratio"] for row, word in zip(timings, words, strict=True) if word != "busy"]
     span = f"; speed-ups from {min(clear):.2f}x to {max(clear):.2f}x" if clear else ""
-    return f"{len(timings)} comparisons of dlgpu with others: {said}{span}."
+    many = "comparison" if len(timings) == 1 else "comparisons"
+    return f"{len(timings)} {many} of dlgpu with others: {said}{span}."
 
 
 _ENVIRONMENT_FIRST = (

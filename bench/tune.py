@@ -28,6 +28,7 @@ import torch
 from dlgpu.kernels import _triton, configs, linear, tuning
 from dlgpu.kernels.activations import ACTIVATIONS, lookup, saved_for_backward
 
+from .cli import Amount
 from .environment import PACKAGE, UsageError, choose_device, cores, describe, find_gpu
 
 __all__ = ["Layer", "command", "prune", "tune_linear"]
@@ -422,7 +423,7 @@ class Options:
 )
 @click.option(
     "--budget",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Amount(min=0, min_open=True),
     default=BUDGET_S,
     show_default=True,
     metavar="SECONDS",

@@ -173,7 +173,7 @@ def full():
                         compulsory_bytes=fused,
                         unfused_bytes=int(fused * unfused) if unfused else None,
                         launches_a=2,
-                        launches_b=5,
+                        unfused_launches=5,
                         flops=flops,
                         bytes_per_s=fused / time_a,
                         flops_per_s=flops / time_a if flops else None,

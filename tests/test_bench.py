@@ -172,7 +172,13 @@ def test_the_result_files(tmp_path, monkeypatch, capsys):
 
 def test_nothing_tells_whose_machine_it_was(tmp_path, monkeypatch):
     monkeypatch.setenv("DLGPU_TEST_SECRET", "qqsecretqq")
-    _, document, markdown = run_jobs(tmp_path, monkeypatch, [small_job()])
+
+    def fails(where, share):
+        raise OSError(28, "No space left on device", f"{Path.home()}/.triton/cache/kernel.json")
+
+    jobs = [small_job(), suite.Job("ops", "a full disk", fails)]
+    _, document, markdown = run_jobs(tmp_path, monkeypatch, jobs)
+    assert "No space left on device: 'kernel.json'" in document["rows"][-1]["message"]
     text = json.dumps(document) + markdown
     user = getpass.getuser()
     for private in (socket.gethostname(), str(tmp_path), str(ROOT), str(Path.home()), "qqsecretqq", "://"):
@@ -325,12 +331,36 @@ def test_times_are_held_to_undisturbed_ceilings():
     assert suite.limits([ceiling("matmul, float32", 7.0), copy]) == {"matmul, float32": 7.0}
 
 
+def test_a_busy_machine_does_not_eat_the_time_of_what_needs_no_quiet_one(tmp_path, monkeypatch):
+    ran = []
+
+    def job(name, seconds=0.0, **options):
+        def rows(where, share):
+            ran.append(name)
+            time.sleep(seconds)
+            return iter(())
+
+        return suite.Job("ops", name, rows, **options)
+
+    jobs = [job("slow", 0.3, weight=1), job("late", weight=1), job("fixed", fixed_s=0.4)]
+    run_jobs(tmp_path, monkeypatch, jobs, "--budget", "1")
+    assert ran == ["slow", "late", "fixed"]
+    ran.clear()
+    jobs[0] = job("slow", 0.7, weight=1)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    run_jobs(tmp_path, monkeypatch, jobs, "--budget", "1")
+    assert ran == ["slow", "fixed"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--device", "tpu"], "'tpu' is not one of 'auto'"),
         (["--budget", "0"], "--budget"),
         (["--budget", "soon"], "--budget"),
+        (["--budget", "nan"], "nan is no number"),
+        (["audit", "--budget", "NaN"], "NaN is no number"),
         (["--only", "everything"], "'everything' is not one of"),
         (["--out", os.path.join(os.devnull, "x")], "cannot write results into"),
         (["nonsense"], "unknown command 'nonsense'"),
@@ -359,7 +389,7 @@ def test_times_are_held_to_undisturbed_ceilings():
         (["run", "linear", "--option", "activation=mish"], "unknown value of activation 'mish'"),
         (["run", "linear", "--option", "color=red"], "unknown option 'color'"),
         (["run", "softmax", "--option", "color=red"], "softmax has no options"),
-        (["run", "linear", "--option", "activation"], "unknown option"),
+        (["run", "linear", "--option", "activation"], "expected K=V"),
         (["run", "linear", "--pass", "step"], "unknown pass of linear 'step'"),
         (["run", "linear", "--pass", "sideways"], "'sideways' is not one of"),
         (["run", "linear", "--dtype", "fp8"], "'fp8' is not one of"),
@@ -488,7 +518,25 @@ def test_the_fallback_against_torch(tmp_path, hasty):
         "cpu",
     ]
     assert cli.main([*arguments, "--budget", "0.3", "--out", str(out)]) == 0
-    assert [(row["a"], row["b"]) for row in report.load(out)["rows"]] == [("fallback", "dlgpu")]
+    rows = report.load(out)["rows"]
+    assert [(row["a"], row["b"]) for row in rows if row["kind"] == "timing"] == [("fallback", "dlgpu")]
+    # What times are held to is measured in the same run, before them.
+    assert rows[-1]["kind"] == "timing"
+    names = {row["name"] for row in rows[:-1] if row["kind"] == "ceiling"}
+    assert names == {ceilings.COPY, ceilings.CACHED_COPY, ceilings.LAUNCH, "matmul, float32"}
+
+
+def test_a_run_flags_what_is_impossible(tmp_path, hasty, monkeypatch):
+    """By the ceilings of its own rows, measured again before it is said."""
+    monkeypatch.setattr(ceilings, "best", lambda rows: {row["name"]: 1.0 for row in rows if "name" in row})
+    # Those of a busy machine hold nobody to anything.
+    monkeypatch.setattr(suite, "crowded", lambda cores: False)
+    out = tmp_path / "impossible.json"
+    arguments = ["run", "softmax", "--shape", "N=6,V=11", "--device", "cpu", "--budget", "0.3"]
+    assert cli.main([*arguments, "--out", str(out)]) == 3
+    kinds = [row["kind"] for row in report.load(out)["rows"]]
+    assert kinds.count("impossible") == 2
+    assert "timing" not in kinds
 
 
 def test_all_ops_that_have_a_shape():
@@ -497,6 +545,7 @@ def test_all_ops_that_have_a_shape():
     assert titles == [name for name, op in OPS.items() if "digits" in op.shapes]
     everything = run.planned(())
     assert len(everything.jobs) == len(OPS)
+    assert [job.section for job in everything.first] == ["ceilings"]
     # On a GPU its own shapes are the default.
     assert suite.default_shape("linear", "cuda") == "h200-8k"
     assert suite.default_shape("linear", "cpu") == "mlp"

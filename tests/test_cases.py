@@ -5,11 +5,12 @@ import importlib
 import inspect
 import math
 import pkgutil
+import time
 
 import pytest
 import torch
 
-from dlgpu.bench import cases, providers, suite
+from dlgpu.bench import cases, providers, report, suite
 from dlgpu.bench.cases import BACKWARD, BOTH, FORWARD, OPS, STEP, Make
 from dlgpu.bench.cases._base import Kept, NotOffered, bind, late, leaves
 from dlgpu.bench.gpu import TARGETS, target_jobs
@@ -27,11 +28,11 @@ def small(op):
     return {name: SMALL[name] for name in next(iter(op.shapes.values()))}
 
 
-def rows(op, passes, libraries, dtype=torch.float32, **options):
+def rows(op, passes, libraries, dtype=torch.float32, cold=False, **options):
     case = Case(op, small(op), passes, dtype, options)
     stop = Stop(budget_s=1e-6, min_pairs=2, max_pairs=2, warmup_s=0.0)
     timer = lambda function, repeats: float(bool(function())) or 1.0  # noqa: E731
-    return list(measure(case, libraries, stop=stop, timer=timer, extras=False))
+    return list(measure(case, libraries, stop=stop, timer=timer, extras=False, cold=cold))
 
 
 def right(op, passes, name="dlgpu", dtype=torch.float32, **options):
@@ -118,6 +119,9 @@ def test_the_fallback_and_torch_itself_are_right(op):
         for name in ("fallback", "torch-fused", "eager-float", "cublaslt")
         if name == "fallback" or name in op.functions
     ]
+    if op.name == "linear_cross_entropy" and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        # Torch has it from 2.13 on.
+        others.remove("torch-fused")
     for name in others:
         for options in ({}, {"activation": "relu"} if "activation" in op.options else {}):
             for passes in op.passes:
@@ -308,11 +312,34 @@ def test_the_targets_are_there():
     assert len(jobs) > 15
 
 
+def test_compile_time_is_all_of_the_first_call():
+    """Of those who compile here; what forward takes to compile too, which runs where backward is bound."""
+    eager, called = OPS["softmax"].functions["eager"], []
+
+    def slow_at_first(x):
+        if not called:
+            called.append(time.sleep(0.05))
+        return eager(x)
+
+    (row,) = rows(OPS["softmax"], BOTH, {"compile": slow_at_first, "eager": eager}, cold=True)
+    assert 0.05 <= row["compile_a_s"] < 5
+    assert row["compile_b_s"] is None
+    (row,) = rows(OPS["softmax"], BOTH, {"compile": eager, "eager": eager})
+    assert row["compile_a_s"] is None
+
+
 @pytest.mark.skipif(not _triton.INTERPRETED, reason="metering takes interpreted kernels")
 def test_the_bytes_of_a_timing_row():
     laws = Meter().derive("softmax").laws
     case = Case(OPS["softmax"], {"N": 32, "V": 1000}, BOTH, torch.bfloat16, device="cuda")
-    said = suite.counted(case, laws, ((9, 0), 232448, 132))
+    said = suite.counted(case, laws, (90, 232448, 132))
     # Forward reads x and writes y; backward reads y and dy and writes dx.
-    assert said == {"compulsory_bytes": 5 * 64000, "unfused_bytes": 5 * 64000, "launches_a": 2}
+    assert said == {
+        "compulsory_bytes": 5 * 64000,
+        "unfused_bytes": 5 * 64000,
+        "launches_a": 2,
+        "unfused_launches": 2,
+    }
+    # As the plots read it.
+    assert set(said) <= set(report.KINDS["timing"])
     assert suite.counted(case, None) == {}

@@ -222,7 +222,7 @@ def test_the_formats(files, capsys, tmp_path):
         (["same", "missing"], "cannot be read"),
         (["same", "same", "--fail-slower", "much"], "not a valid float"),
         (["same", "same", "--fail-slower", "-1"], "not in the range"),
-        (["same", "same", "--fail-slower", "nan"], "must be a number"),
+        (["same", "same", "--fail-slower", "nan"], "is no number"),
         (["same", "same", "--format", "pdf"], "'pdf' is not one of"),
         (["same", "same", "--out", "/dev/null/x"], "cannot be written"),
     ],

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from dlgpu.bench import explain, interpreted, launches, laws, measure
+from dlgpu.bench import explain, interpreted, launches, laws, measure, model
 from dlgpu.bench.__main__ import main
 from dlgpu.bench.cases import BOTH, OPS
 from dlgpu.bench.environment import UsageError
@@ -55,8 +55,7 @@ def test_a_gpu_by_name_or_capability():
 def test_every_op_is_explained():
     names = list(OPS)
     found = {
-        row["op"]: row
-        for row in interpreted.run("launches", "90", *names, module="dlgpu.bench.binaries", timeout_s=120)
+        row["op"]: row for row in interpreted.run("launches", "90", *names, module="binaries", timeout_s=120)
     }
     assert list(found) == names
     for name, row in found.items():
@@ -116,12 +115,13 @@ def test_bytes_are_the_laws_where_there_are_some():
 
 
 def test_laws_that_do_not_hold_are_said_to(monkeypatch):
-    def run(job, *arguments, module="dlgpu.bench.interpreted"):
+    def run(job, *arguments, module="interpreted"):
         if job == "laws":
             return iter([{"op": "softmax", "error": "no law fits"}])
         return iter([{"kind": "torch", "name": "aten.mm.default", "nbytes": 12}])
 
     monkeypatch.setattr(interpreted, "run", run)
+    monkeypatch.setattr(model, "_LAWS", {})
     case = measure.Case(OPS["softmax"], {"N": 4, "V": 8}, BOTH, torch.bfloat16)
     _, steps, origin = explain.explained(case, 90, 132)
     assert steps[0]["nbytes"] == 12

@@ -6,6 +6,8 @@ No test here looks at this machine's speed, but for the ones marked perf.
 import dataclasses
 import itertools
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -547,7 +549,52 @@ def test_what_a_call_costs_besides():
 
     # The GPU's part, in which the host waits, is not the host's.
     assert memory.host_seconds(function, synchronize, lambda: clock.now) == pytest.approx(2.0)
-    assert memory.first_call(function, synchronize, lambda: clock.now) == pytest.approx(52.0)
+
+
+def test_the_first_call_has_what_binding_compiles():
+    clock = Clock()
+
+    def call():
+        clock.now += 2.0
+
+    def bind():
+        # Where backward is timed, forward runs here.
+        clock.now += 30.0
+        return call
+
+    def synchronize():
+        clock.now += 100.0
+
+    assert memory.first_call(bind, synchronize, lambda: clock.now) == (call, pytest.approx(132.0))
+
+
+def test_compilers_begin_with_empty_caches(monkeypatch):
+    """On disk and in this process; those on disk are back afterwards."""
+
+    class JITFunction:
+        pass
+
+    kernel = JITFunction()
+    kernel.device_caches = {0: "compiled"}
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "/before")
+    compiled = torch.compile(
+        lambda x: x + 1, backend=lambda module, inputs: calls.append(0) or module.forward
+    )
+    calls = []
+    compiled(torch.ones(3))
+    compiled(torch.ones(3))
+    assert len(calls) == 1
+    with memory.fresh_compilers():
+        places = [Path(os.environ[name]) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")]
+        assert places[0].is_dir()
+        assert not any(places[0].iterdir())
+        assert places[0] in places[1].parents
+        assert kernel.device_caches == {}
+        compiled(torch.ones(3))
+        assert len(calls) == 2
+    assert not places[0].exists()
+    assert os.environ["TRITON_CACHE_DIR"] == os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/before"
 
 
 def test_ceilings():

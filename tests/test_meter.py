@@ -5,9 +5,11 @@ import torch
 import triton
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
+from triton.runtime.errors import InterpreterError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dlgpu.bench.meter import TrafficMeter
+from dlgpu.kernels import _triton
 
 N, BLOCK = 1000, 256
 GRID = (triton.cdiv(N, BLOCK),)
@@ -219,3 +221,29 @@ def test_compiled_kernels_are_refused(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"), TrafficMeter():
         pass
+
+
+@triton.jit
+def _count_kernel(y_ptr, n):
+    count = 0
+    for _ in range(n * 2):
+        count += 1
+    tl.store(y_ptr, count)
+
+
+@pytest.mark.skipif(not _triton.INTERPRETED, reason="compiled kernels need no mending")
+def test_a_range_up_to_a_computed_number(monkeypatch):
+    """With NumPy 2.4 Triton 3.6's interpreter refuses it, as here, and a machine with that pair could meter nothing."""
+    patch = interpreter._patch_lang_tensor
+
+    def refusing(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int([self.handle.data]))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", refusing)
+    y = torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(InterpreterError):
+        _count_kernel[(1,)](y, 3)
+    _triton._mend_range()
+    _count_kernel[(1,)](y, 3)
+    assert y.item() == 6

@@ -15,6 +15,7 @@ from dlgpu.bench.cases import BOTH, OPS, STEP
 from dlgpu.bench.environment import UsageError
 from dlgpu.bench.launches import Operand, Record
 from dlgpu.bench.laws import PROBES, Law, LawError, Laws, Sample, Traffic
+from dlgpu.bench.measure import Case
 from dlgpu.kernels import _triton
 
 interpreted = pytest.mark.skipif(not _triton.INTERPRETED, reason="the meter sees interpreted kernels only")
@@ -265,7 +266,7 @@ def test_laws(group):
         op, op_laws = OPS[name], METER.derive_fitted(name)
         for shape in [s for s in op.shapes.values() if s.get("tensors", 1) <= 100][-3:]:
             for dtype in op.dtypes[:2]:
-                case = model._Case(op, shape, STEP if STEP in op.passes else BOTH, dtype, op.defaults())
+                case = Case(op, shape, STEP if STEP in op.passes else BOTH, dtype)
                 for gpu in ("a100", "h100", "rtx5090"):
                     launches = model.fused(case, gpus.GPUS[gpu], op_laws)
                     assert sum(launch.nbytes for launch in launches) > 0
@@ -584,6 +585,8 @@ def test_every_line_says_model(monkeypatch, capsys, tmp_path):
         (["softmax", "--vary", "Q"], "unknown size 'Q'"),
         (["softmax", "--option", "p=1"], "no options"),
         (["softmax", "--dtype", "int8"], "int8"),
+        (["softmax", "--pass", "step"], "unknown pass of softmax 'step'"),
+        (["softmax", "--launch-us", "nan"], "nan is no number"),
         (["softmax", "--bandwidth", "-1"], "-1"),
         (["softmax", "--bandwidth", "3000"], "one GPU's"),
         (["softmax", "--gpu", "h100", "--ceilings", "/nowhere/at/all.json"], "all.json"),
@@ -623,7 +626,7 @@ def test_ceilings_of_a_results_file(tmp_path):
         model.chosen_gpus(["h200"], None, None, path, torch.bfloat16)
 
 
-def test_interrupted(monkeypatch, tmp_path):
+def test_interrupted(monkeypatch, tmp_path, capsys):
     """What was there is kept, and marked."""
 
     def rows(*arguments):
@@ -633,6 +636,9 @@ def test_interrupted(monkeypatch, tmp_path):
     monkeypatch.setattr(model, "rows", rows)
     out = tmp_path / "model.json"
     assert main(["model", "softmax", "--out", str(out)]) == 130
+    said = capsys.readouterr()
+    assert f"1 rows are kept in {out}" in said.out
+    assert said.err.strip() == "dlgpu-bench: interrupted"
     document = report.load(out)
     assert (document["status"], len(document["rows"])) == ("interrupted", 1)
 

@@ -71,6 +71,12 @@ SOURCE = """
     def fails():
         raise RuntimeError("out of\\nluck")
 
+    def leaves():
+        raise SystemExit(7)
+
+    def leaves_later():
+        return model(), torch.randn(3, 6), lambda y: leaves()
+
     instance = model()
     value = 3
 """
@@ -112,6 +118,8 @@ def mine(tmp_path, monkeypatch):
         ("{mine}:odd_loss", "loss_fn is a str"),
         ("{mine}:misfit", "a training step as it is failed: RuntimeError"),
         ("{mine}:vector_loss", "the loss is no scalar"),
+        ("{mine}:leaves", "leaves() failed: SystemExit: 7"),
+        ("{mine}:leaves_later", "a training step as it is failed: SystemExit"),
     ],
 )
 def test_what_is_no_model_is_one_line(mine, spec, says, capsys):
@@ -282,6 +290,10 @@ def test_the_command(mine, monkeypatch, tmp_path, capsys):
     assert "dlgpu.nn.Linear" in shown
     document = report.load(out)
     assert [row["kind"] for row in document["rows"]] == ["timing"] * 3
-    # The user's names stay out of the file.
+    # The user's names stay out of the file, of one in which there was no time for anything too.
+    late = tmp_path / "late.json"
+    assert main([*arguments, "--budget", "1e-9", "--out", str(late)]) == 2
+    assert [row["kind"] for row in report.load(late)["rows"]] == ["skipped"]
+    assert mine not in late.read_text()
     assert mine not in out.read_text()
     assert str(tmp_path) not in out.read_text()

@@ -13,6 +13,7 @@ import random
 import re
 import resource
 import xml.etree.ElementTree as ET
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import matplotlib.text
@@ -628,7 +629,7 @@ def test_where_the_speed_up_comes_from_adds_up():
         compulsory_bytes=10**9,
         unfused_bytes=3 * 10**9,
         launches_a=1,
-        launches_b=11,
+        unfused_launches=11,
     )
     (plot,) = (
         p for p in plots.draw(synthetic.document([*synthetic.ceilings(), row])) if p.name == "where-from"
@@ -755,6 +756,21 @@ def test_the_bar_is_drawn_between_samples_only(monkeypatch, full):
     assert "linear" in stream.getvalue()
     # No thread that would take time from what is measured.
     assert not [name for name in threads if "refresh" in name.lower()]
+
+
+def test_what_is_no_file_is_written_to_and_left_there(tmp_path):
+    """A device is not replaced by a file, which root could."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit(pipe.read_text)
+        report.write_out("text", pipe)
+        assert read.result(10) == "text"
+    assert pipe.is_fifo()
+    if Path("/dev/full").exists():
+        with pytest.raises(UsageError, match="No space left on device"):
+            report.write_out("text", Path("/dev/full"))
+        assert Path("/dev/full").is_char_device()
 
 
 def test_without_a_terminal_there_is_no_bar(full):
