@@ -59,8 +59,10 @@ def _valid(name: str, source: str) -> str:
 
 
 class _Settings(threading.local):
-    # Not a ContextVar: Dynamo cannot trace one.
-    backend: str | None = None
+    # Not a ContextVar: Dynamo cannot trace one. Nor an attribute of the class: a graph that was compiled before the first
+    # block would not be guarded by what hides it.
+    def __init__(self) -> None:
+        self.backend: str | None = None
 
 
 _settings = _Settings()
@@ -211,7 +213,8 @@ _VMAP = torch._C._dispatch_key_parse("VmapMode")
 
 def transformed() -> bool:
     """Whether a torch.func transform, forward-mode differentiation or autograd's is_grads_batched is about."""
-    return (
+    # Dynamo traces no such question (torch 2.11), and what it traces asks again when it runs.
+    return not torch.compiler.is_dynamo_compiling() and (
         forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP)
@@ -220,7 +223,7 @@ def transformed() -> bool:
 
 def differentiates() -> bool:
     """For a backward: whether its results must be differentiable in their turn, or batched, so from torch's operations."""
-    return torch.is_grad_enabled() or (not torch.compiler.is_dynamo_compiling() and transformed())
+    return torch.is_grad_enabled() or transformed()
 
 
 def _unless_transformed(autograd: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ they wait for it: they are for looking, not for the training loop's every step.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import math
@@ -85,16 +86,19 @@ def gradient_norms(model: torch.nn.Module, *, ratio: float = 1e-3) -> GradientRe
     if not 0 < ratio < 1:
         raise ValueError(f"ratio: got {ratio}, expected a number between 0 and 1")
     layers = []
+    # Sums of squares, of a parameter that several layers share once. float64, so that no tiny square becomes zero.
+    squares = {
+        p: float(p.grad.detach().double().square().sum()) for p in model.parameters() if p.grad is not None
+    }
     for name, module in model.named_modules():
-        grads = [p.grad.detach() for p in module.parameters(recurse=False) if p.grad is not None]
-        if grads:
-            # float64, so that no square of a tiny gradient becomes zero.
-            norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads))
-            count = sum(g.numel() for g in grads)
+        params = [p for p in module.parameters(recurse=False) if p in squares]
+        if params:
+            norm = math.sqrt(sum(squares[p] for p in params))
+            count = sum(p.numel() for p in params)
             layers.append(LayerGradient(name or "(model)", norm, norm / math.sqrt(max(count, 1))))
     if not layers:
         raise ValueError("model: no parameter has a gradient; call backward first")
-    total = math.sqrt(sum(layer.norm**2 for layer in layers))
+    total = math.sqrt(sum(squares.values()))
     verdict, reason = _judge_gradients(layers, ratio)
     return GradientReport(verdict, reason, total, tuple(layers))
 
@@ -135,7 +139,8 @@ def dead_relu_share(
 
     Args:
         model: ReLU units are looked for in torch.nn.ReLU and in layers whose `activation` is "relu"; a unit is an index
-            of the last axis (of axis 1 for batch norm). Run in evaluation mode and without gradients; its mode is restored.
+            of the last axis (of axis 1 for batch norm), in each of a module's calls. Run in evaluation mode and without
+            gradients; its mode is restored.
         data: a batch of inputs, or an iterable of batches; of a batch that is a tuple or a list, the first element.
 
     Returns:
@@ -154,15 +159,19 @@ def dead_relu_share(
       1  1 of 2
     """
     alive: dict[str, torch.Tensor] = {}
+    calls: collections.Counter[str] = collections.Counter()
     rows = 0
 
     def watch(name: str, axis: int) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
             nonlocal rows
             # NaN counts as alive: it is no dead unit that made it.
-            fires = (output != 0).movedim(axis, -1).flatten(end_dim=-2)
+            fires = torch.atleast_2d(output != 0).movedim(axis, -1).flatten(end_dim=-2)
             rows += len(fires)
-            alive[name] = alive[name] | fires.any(0) if name in alive else fires.any(0)
+            # One ReLU may follow several layers, whose units are not the same.
+            calls[name] += 1
+            key = name if calls[name] == 1 else f"{name}, call {calls[name]}"
+            alive[key] = alive[key] | fires.any(0) if key in alive else fires.any(0)
 
         return hook
 
@@ -176,6 +185,7 @@ def dead_relu_share(
                 stack.callback(module.register_forward_hook(watch(name or "(model)", axis)).remove)
         stack.enter_context(_evaluation(model))
         for batch in batches:
+            calls.clear()
             model(batch if isinstance(batch, torch.Tensor) else batch[0])
     if not rows:
         raise ValueError("no ReLU was run: the model has none, or data has no rows")
@@ -274,11 +284,12 @@ def critical_point(
       Hessian eigenvalues from -2 to 2, minimum ratio 0.5
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if not named:
+    if not any(p.numel() for _, p in named):
         raise ValueError("model: no parameter requires a gradient")
     with _evaluation(model), torch.enable_grad():
         loss = loss_fn(model(data[0]), data[1])
-    if loss.dim() or not math.isfinite(loss.item()) or not loss.requires_grad:
+    scalar = isinstance(loss, torch.Tensor) and not loss.dim()
+    if not scalar or not math.isfinite(loss.item()) or not loss.requires_grad:
         raise ValueError(
             f"loss_fn: got {loss}, expected a scalar that is finite and depends on the parameters"
         )
@@ -412,7 +423,7 @@ def fit_report(history: Mapping[str, Any], *, margin: float = 0.1) -> FitReport:
             holdout_loss        of held-out rows drawn like the training data
             smaller_train_loss  training loss of a smaller model (or simpler one) on the same data
             larger_train_loss   and of a larger one
-            target_loss         the loss that counts as low; a tenth of the first training loss if not given
+            target_loss         the loss that counts as low; a tenth of the first finite training loss if not given
         margin: what counts as a difference, relative.
 
     Returns:
@@ -420,7 +431,7 @@ def fit_report(history: Mapping[str, Any], *, margin: float = 0.1) -> FitReport:
         "overfitting or mismatch", "good fit", or "training loss low" if there is no val_loss.
 
     Raises:
-        ValueError: an unknown key, no train_loss, or an empty curve.
+        ValueError: an unknown key, no train_loss, an empty curve, or no target_loss and a negative training loss at first.
 
     Source: Hung-yi Lee, "Machine Learning" (2021), lecture "General guide"; the thresholds are this library's.
 
@@ -440,7 +451,7 @@ def fit_report(history: Mapping[str, Any], *, margin: float = 0.1) -> FitReport:
     curves = {name: _curve(name, history[name]) for name in _CURVES if name in history}
     final = {name: float(curve[-max(1, len(curve) // 20) :].mean()) for name, curve in curves.items()}
     given = "target_loss" in history
-    target = float(history["target_loss"]) if given else 0.1 * float(curves["train_loss"][0])
+    target = float(history["target_loss"]) if given else 0.1 * _first(curves["train_loss"])
     what = f"{target:.3g}" + ("" if given else ", a tenth of the first")
     train = final["train_loss"]
     if not train <= target:
@@ -452,7 +463,21 @@ def fit_report(history: Mapping[str, Any], *, margin: float = 0.1) -> FitReport:
     return FitReport(verdict, tuple(evidence), _ADVICE[verdict])
 
 
+def _first(curve: np.ndarray) -> float:
+    """The first loss that is a number, NaN if none is."""
+    finite = curve[np.isfinite(curve)]
+    first = float(finite[0]) if finite.size else math.nan
+    if first < 0:
+        raise ValueError(f"history: train_loss begins at {first:.3g}, negative: give target_loss")
+    return first
+
+
 def _curve(name: str, values: Any) -> np.ndarray:
+    if isinstance(values, torch.Tensor):
+        values = values.tolist()
+    elif isinstance(values, Sequence):
+        # Losses as a training loop has them may have a graph, or be on a device.
+        values = [v.item() if isinstance(v, torch.Tensor) else v for v in values]
     curve = np.atleast_1d(np.asarray(values, dtype=np.float64))
     if curve.ndim != 1 or not curve.size:
         raise ValueError(f"history[{name!r}]: expected one number an epoch, got shape {curve.shape}")
@@ -467,12 +492,15 @@ def _judge_training(curve: np.ndarray, final: Mapping[str, float], margin: float
     if len(curve) >= 10:
         start = len(curve) - len(curve) // 5
         before = float(curve[start : start + max(1, len(curve) // 20)].mean())
-        if train < (1 - margin) * before:
+        if train < before - margin * abs(before):
             evidence.append(f"it is still falling: {before:.3g} in epoch {start + 1}")
     below: dict[str, bool] = {}
     for size in ("smaller", "larger"):
         if (other := final.get(f"{size}_train_loss")) is not None:
-            below[size] = other < (1 - margin) * train
+            if not math.isfinite(other):
+                evidence.append(f"a {size} model's training loss is {other}, which says nothing")
+                continue
+            below[size] = other < train - margin * abs(train)
             evidence.append(
                 f"a {size} model's training loss is {other:.3g}"
                 + (", lower" if below[size] else ", no lower")
@@ -495,7 +523,7 @@ def _judge_validation(
         return "training loss low"
 
     def high(loss: float) -> bool:
-        return not (loss <= target or loss <= (1 + margin) * final["train_loss"])
+        return not (loss <= target or loss <= final["train_loss"] + margin * abs(final["train_loss"]))
 
     validation, curve = final["val_loss"], curves["val_loss"]
     if not high(validation):
@@ -504,7 +532,7 @@ def _judge_validation(
     evidence.append(
         f"validation loss {validation:.3g}, high: above {target:.3g} and more than {margin:.0%} above training"
     )
-    if (holdout := final.get("holdout_loss")) is not None:
+    if not math.isnan(holdout := final.get("holdout_loss", math.nan)):
         what = "high too" if high(holdout) else "low: the validation data is of another kind"
         evidence.append(f"held-out rows of the training data's own kind: {holdout:.3g}, {what}")
         return "overfitting" if high(holdout) else "mismatch"

@@ -434,15 +434,16 @@ def _runs(modules: Iterable[Any]) -> list[_Run]:
                 # A dropout is in a run once a layer comes after it.
                 between = members[0].p if members[0].training else 0.0
                 members, layers, acts, dropout = runs[-2]
+            # By length: torch 2.11 compiles no bool() of a list.
             fits = (
                 is_layer
-                and bool(layers)
+                and len(layers) > 0
                 and type(layers[0]) is Linear
                 and len({name for name, _ in acts}) == 1
                 and dropout in (None, between)
             )
         elif not is_layer:
-            fits = bool(acts) and acts[-1][0] is None
+            fits = len(acts) > 0 and acts[-1][0] is None
         # `mlp` takes one slope.
         if not fits or len({slope for name, slope in [*acts, act] if name == "leaky_relu"}) > 1:
             runs.append(_Run([module], [module], [act], None) if is_layer else _Run([module], [], [], None))

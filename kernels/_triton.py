@@ -1,9 +1,9 @@
 """The one place that imports Triton, and the jit helpers that every kernel shares.
 
 Without Triton the modules of this package still import: `triton.jit` then gives an object that raises when it is
-launched. With TRITON_INTERPRET=1 kernels run in Triton's interpreter, on CPU tensors and with no GPU; three of its
+launched. With TRITON_INTERPRET=1 kernels run in Triton's interpreter, on CPU tensors and with no GPU; four of its
 habits need help here (measured on 3.6 and 3.7): it multiplies the raw bits of bf16 in `tl.dot`, it truncates float32 to
-bf16 where hardware rounds to nearest even, and it is not thread-safe.
+bf16 where hardware rounds to nearest even, it is not thread-safe, and 3.6 counts on a conversion that NumPy has no more.
 """
 
 from __future__ import annotations
@@ -68,6 +68,24 @@ __all__ = [
 INTERPRET = tl.constexpr(INTERPRETED)
 
 _interpreter_lock = threading.RLock()
+
+
+def _mend_range() -> None:
+    """For Triton 3.6, whose interpreter makes an int of an array of one element, which NumPy from 2.4 on refuses: no `range`
+    would take a number that a kernel computed."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.reshape(())))
+
+    interpreter._patch_lang_tensor = patched
+
+
+if INTERPRETED and triton.__version__.startswith("3.6."):
+    _mend_range()
 
 
 def _require_memory(t: torch.Tensor) -> None:

@@ -189,8 +189,8 @@ def linear_tile(
     """
     rows, depth = (M, row_bucket(K)) if split else (row_bucket(M), K)
     small = rows * N * depth <= _SMALL_PRODUCT
-    # From 10.0 on the assembler by itself aims at more threads a multiprocessor, and spills to get there.
-    max_registers = 255 if capability >= 100 else None
+    # Below 8.0 and from 10.0 on the assembler by itself aims at more threads a multiprocessor, and spills to get there.
+    max_registers = None if 80 <= capability < 100 else 255
     if dtype is torch.float32:
         if precision == "tf32":
             if capability in (90, 100) and not k_major and not small:
@@ -205,7 +205,8 @@ def linear_tile(
             warps = 8 if capability == 100 else 4
             return MatmulTile(64, 32, 32, 8, warps, 2, "float32 on 10.0 and later: wider tiles spill")
         stages = 3 if shared_memory >= 96 * 1024 else 2
-        return MatmulTile(64, 64, 32, 8, 4, stages, "float32: registers hold the product, larger tiles spill")
+        reason = "float32: registers hold the product, larger tiles spill"
+        return MatmulTile(64, 64, 32, 8, 4, stages, reason, max_registers=max_registers)
     if capability < 80:
         return CuBlas("Triton has no 16-bit matrix instructions before capability 8.0")
     if not aligned:
@@ -241,11 +242,13 @@ def linear_tile(
         # On 10.0 four warps spill with the longest gradient.
         warps = 4 if not dropout and (capability == 90 or (capability == 100 and not gradient)) else 8
         return tile(64, 128, warps, 4 if large_memory else 3, 1, 1, "few rows: one row of tiles")
+    # On 10.0, where the product is in tensor memory, halves take more registers in forward, not fewer.
+    whole_or_halves = 1 if capability == 100 and not gradient else 2
     if N > 64 and fills(128, 128):
         if dropout:
             m, stages = (128, 4 if large_memory else 2) if tma else (64, 3)
             reason = "many tiles: the mask's random numbers take the registers of larger ones"
-            return tile(m, 128, 8, stages, 2, 1, reason)
+            return tile(m, 128, 8, stages, whole_or_halves, 1, reason)
         if not tma:
             return tile(128, 128, 8, 3, 1, 1, "many tiles")
         if not large_memory:
@@ -259,7 +262,7 @@ def linear_tile(
             stages = 3 if split else 4
             reason = "compute-bound: the largest tile that leaves no register to memory"
             return tile(128, 256, 8, stages, 2, 1, reason)
-        return tile(128, 128, 8, 4, 2, 1, "compute-bound, and no place for tiles of 128 x 256")
+        return tile(128, 128, 8, 4, whole_or_halves, 1, "compute-bound, and no place for tiles of 128 x 256")
     if rows > 64 and N <= 64 and fills(128, 64):
         return tile(
             128, 64, 8 if tma else 4, 4 if large_memory else 3, 1, 1, "few columns: one column of tiles"
@@ -636,7 +639,9 @@ def linear_cross_entropy_tile(
     if dtype is torch.float32 or capability < 80:
         # Registers hold the products, for want of a matrix instruction.
         if smooth:
-            return HeadTile(64, 32, 16, 8, 4, 2, "larger tiles spill")
+            # On 10.0 and later those four warps spill with a bias, class weights and a soft cap.
+            m, n, k, warps = (32, 64, 32, 8) if capability >= 100 else (64, 32, 16, 4)
+            return HeadTile(m, n, k, 8, warps, 2, "larger tiles spill")
         return HeadTile(64, 64, 32, 8, 8, 2, "larger tiles spill")
     if not aligned:
         return HeadTile(
@@ -674,12 +679,13 @@ def linear_cross_entropy_chunk(N: int, V: int, dtype: torch.dtype) -> int:
     return min(max(_CHUNK_BYTES // (max(N, 1) * dtype.itemsize) // 1024, 1) * 1024, max(V, 1))
 
 
-def softmax_tile(dtype: torch.dtype, C: int, backward: bool = False) -> RowTile:
+def softmax_tile(dtype: torch.dtype, C: int, backward: bool = False, aligned: bool = True) -> RowTile:
     """A whole row a program where it fits the registers: one read and one write. That is 32 elements a thread of 1024, half
-    of it backward, which holds two operands: beyond them registers spill. Longer rows go by steps of 8 elements a thread."""
+    of it backward, which holds two operands, and of float32 where rows are not `aligned` to 16 bytes and each element has an
+    address: beyond them registers spill. Longer rows go by steps of 8 elements a thread."""
     vector = VECTOR_BYTES // dtype.itemsize
     width = _power_of_2(C)
-    if width > (16384 if backward else 32768):
+    if width > (16384 if backward or (dtype is torch.float32 and not aligned) else 32768):
         return RowTile(1, 8192 // vector, vector, 32)
     vector = min(vector, width)
     block_m = min(max(1024 // width, 1), 32)

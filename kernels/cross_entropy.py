@@ -991,7 +991,7 @@ def cross_entropy_extra_bwd(
     softcap: float,
     logit_scale: float,
     needs: Sequence[bool],
-    out: torch.Tensor | None = None,  # [N, C]: where dx goes, possibly x itself
+    out: torch.Tensor | None = None,  # [N, C]: where dx goes, possibly x itself; only without dtarget
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(dx, dtarget), [N, C] and contiguous, as `needs` says, in one launch.
 
@@ -1005,6 +1005,8 @@ def cross_entropy_extra_bwd(
     target = _unit_columns(target) if probabilities else target.contiguous()
     weight, token_weights = _contiguous(weight), _contiguous(token_weights)
     dx = dtarget = None
+    # They share a stride.
+    assert out is None or not needs[1]
     if needs[0]:
         dx = torch.empty((N, C), dtype=x.dtype, device=x.device) if out is None else out
         if dx is given:

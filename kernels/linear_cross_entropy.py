@@ -284,6 +284,7 @@ def _linear_cross_entropy_rows_kernel(
 
     m = tl.full((BLOCK,), LOWEST, tl.float32)
     s = tl.zeros((BLOCK,), tl.float32)
+    lost = tl.zeros((BLOCK,), tl.float32)
     z_target = tl.zeros((BLOCK,), tl.float32)
     spread = tl.zeros((BLOCK,), tl.float32)
     weights = tl.zeros((BLOCK,), tl.float32)
@@ -291,14 +292,19 @@ def _linear_cross_entropy_rows_kernel(
         part = partial_ptr + tl.cast(split, tl.int64) * N + rows
         top = tl.load(part, mask=mask, other=0.0)
         m_new = tl.maximum(m, top)
-        s = s * tl.exp2((m - m_new) * LOG2E)
-        s += tl.load(part + field, mask=mask, other=1.0) * tl.exp2((top - m_new) * LOG2E)
+        # Kahan's sum: where one class has it all, each of many splits adds a rounding's worth to 1.
+        scale = tl.exp2((m - m_new) * LOG2E)
+        s *= scale
+        more = tl.load(part + field, mask=mask, other=1.0) * tl.exp2((top - m_new) * LOG2E) + lost * scale
+        total = s + more
+        lost = more - (total - s)
+        s = total
         z_target += tl.load(part + 2 * field, mask=mask, other=0.0)
         if SMOOTH:
-            more = tl.load(part + 4 * field, mask=mask, other=0.0)
+            weight = tl.load(part + 4 * field, mask=mask, other=0.0)
             spread = tl.where(weights == 0, 0.0, spread + weights * (m - m_new))
-            spread += tl.load(part + 3 * field, mask=mask, other=0.0) + more * (top - m_new)
-            weights += more
+            spread += tl.load(part + 3 * field, mask=mask, other=0.0) + weight * (top - m_new)
+            weights += weight
         m = m_new
 
     log_s = tl.log2(s) * LN2
@@ -633,21 +639,22 @@ def linear_cross_entropy_fwd(
     b, weight, token_weights = (None if t is None else t.contiguous() for t in (b, weight, token_weights))
     device = x.device
     smooth = bool(label_smoothing)
-    tile = _tile(x, w, smooth=smooth)
     kept = None
     if kept_columns:
         kept = linear_fwd(x, w[:kept_columns], None if b is None else b[:kept_columns], None, 0.0, False)[0]
-    # (kept logits or None, columns from, to, tiles a split, splits)
+    # (kept logits or None, columns from, to, tile, tiles a split, splits)
     ranges = []
     for logits, start, stop in ((kept, 0, kept_columns), (None, kept_columns, V)):
+        # What was kept is all that its launch reads.
+        tile = _tile(x, w, smooth=smooth) if logits is None else _tile(logits, smooth=smooth)
         tiles = triton.cdiv(stop - start, tile.block_n)
         if tiles:
             each = configs.linear_cross_entropy_split(triton.cdiv(N, tile.block_m), tiles)
-            ranges.append((logits, start, stop, each, triton.cdiv(tiles, each)))
+            ranges.append((logits, start, stop, tile, each, triton.cdiv(tiles, each)))
     splits = sum(count for *_, count in ranges)
     partial = torch.empty((5 if smooth else 3, splits, N), dtype=torch.float32, device=device)
     first_split = 0
-    for logits, start, stop, each, count in ranges:
+    for logits, start, stop, tile, each, count in ranges:
         launch(
             _linear_cross_entropy_fwd_kernel,
             (triton.cdiv(N, tile.block_m) * count,),

@@ -254,7 +254,7 @@ def softmax_fwd(x: torch.Tensor, log: bool) -> torch.Tensor:
         return y
     x = _rows(x)
     N, C = x.shape
-    tile = configs.softmax_tile(x.dtype, C)
+    tile = configs.softmax_tile(x.dtype, C, aligned=_aligned(x, 16 // x.element_size()))
     launch(
         _softmax_fwd_kernel,
         (triton.cdiv(N, tile.block_m),),

@@ -525,7 +525,7 @@ def softmax_cases(dtype: torch.dtype, C: int, log: bool = False) -> list[Case]:
     """Softmax or log-softmax, forward and backward."""
     found = []
     for name, backward in (("fwd", False), ("bwd", True)):
-        tile = configs.softmax_tile(dtype, C, backward)
+        tile = configs.softmax_tile(dtype, C, backward, C % (16 // dtype.itemsize) == 0)
         own = {"dy_ptr": dtype, "dx_ptr": dtype, "stride_dyn": C, "stride_dyc": 1}
         args = {
             **(own if backward else {"x_ptr": dtype, "stride_xn": C}),
@@ -600,7 +600,8 @@ def linear_cross_entropy_cases(
     tile = configs.linear_cross_entropy_tile(capability, limit, dtype, H % 16 == 0)
     blocks = {name: value for name, value in tile.blocks.items() if name.isupper()}
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    fwd_tile = configs.linear_cross_entropy_tile(capability, limit, dtype, H % 16 == 0, smooth)
+    read = V if kept else H
+    fwd_tile = configs.linear_cross_entropy_tile(capability, limit, dtype, read % 16 == 0, smooth)
     fwd_options = {"num_warps": fwd_tile.num_warps, "num_stages": fwd_tile.num_stages}
     # Below 8.0 Triton has no matrix instruction of 16 bits.
     matrix = None if capability < 80 else matrix_instruction(capability, dtype, precision)
@@ -891,6 +892,7 @@ def chosen(capability: int) -> Iterator[Case]:
     yield from loss_chosen(capability, half)
     yield from norm_chosen(capability, half)
     yield from softmax_cases(half, 32000)
+    yield from softmax_cases(FP32, 16385)[:1]
     yield from logsumexp_cases(half, 1000)[1:]
     yield from linear_cross_entropy_cases(capability, half, 128256, 4096)
     if capability in (80, 90, 100, 120):
@@ -898,7 +900,7 @@ def chosen(capability: int) -> Iterator[Case]:
         features = {"bias": True, "smooth": True, "softcap": True}
         yield from linear_cross_entropy_cases(capability, half, 128256, 4096, **features)[:2]
         yield from linear_cross_entropy_cases(capability, half, 128256, 4096, bias=True, kept=True)
-        yield from linear_cross_entropy_cases(capability, FP32, 32000, 1024, weight=True, smooth=True)[:2]
+        yield from linear_cross_entropy_cases(capability, FP32, 32000, 1024, weight=True, **features)[:2]
 
 
 # (M, N, K) of layers that between them reach every tile of configs.linear_tile, with aligned rows and without.
@@ -924,9 +926,15 @@ def everything(capability: int) -> Iterator[Case]:
                     yield from linear_cases(
                         capability, dtype, "fwd", M, N, K, activation, bias, save_z, precision
                     )
-                    if saved and bias and not (save_z < (saved == "z")):
+                    # Training, with all that an epilogue may take.
+                    if not bias or save_z < (saved == "z"):
+                        continue
+                    yield from linear_cases(
+                        capability, dtype, "fwd", M, N, K, activation, bias, save_z, precision, dropout=True
+                    )
+                    for drops in (False, True) if saved else ():
                         yield from linear_cases(
-                            capability, dtype, "dz", M, N, K, activation, precision=precision
+                            capability, dtype, "dz", M, N, K, activation, precision=precision, dropout=drops
                         )
                 for product in ("dx", "dw"):
                     yield from linear_cases(capability, dtype, product, M, N, K, precision=precision)
@@ -948,6 +956,16 @@ def everything(capability: int) -> Iterator[Case]:
                 yield from cross_entropy_cases(dtype, C, weight, mean, flags, splits=C > 20000)
                 if not flags & 2:
                     yield from cross_entropy_grad_cases(capability, dtype, C, weight, mean, flags)
+        for C in (1, 2, 10, 127, 1000, 1024, 16383, 16384, 32767, 32768, 50257, 128256):
+            for log in (False, True):
+                yield from softmax_cases(dtype, C, log)
+            yield from logsumexp_cases(dtype, C)
+        for precision, V, H in itertools.product(precisions, (128256, 50257), (4096, 250)):
+            for bias, softcap, kept in itertools.product((False, True), repeat=3):
+                for smooth, weight in ((False, False), (True, False), (True, True)):
+                    yield from linear_cross_entropy_cases(
+                        capability, dtype, V, H, bias, weight, smooth, softcap, kept, precision
+                    )
     yield from optimizer_everything(halves)
     yield from loss_everything(capability, halves)
     yield from norm_everything(capability, halves)

@@ -91,8 +91,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     if _launches:
         most = max(_programs, key=lambda name: _programs[name])
         terminalreporter.write_line(
-            f"{_launches.total()} interpreted launches (budget about 1,500 in all); at most {_programs[most]} programs "
-            f"in one, {most} (budget 64)"
+            f"{_launches.total()} interpreted launches; at most {_programs[most]} programs in one, of {most}"
         )
 
 

@@ -264,6 +264,21 @@ def test_running_statistics(backend, device, shape, momentum):
     assert all(torch.equal(v, ours.state_dict()[k]) for k, v in state.items())
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_statistics_are_no_part_of_the_graph(momentum):
+    """By torch's own functions neither, with an average over all batches or an input of another dtype than the statistics."""
+    with dlgpu.use_backend("auto"):
+        for dtype in (torch.float32, torch.bfloat16):
+            ours, theirs = (m.BatchNorm1d(3, momentum=momentum) for m in (dlgpu.nn, torch.nn))
+            for _ in range(2):
+                x = torch.randn(6, 3, dtype=dtype, requires_grad=True)
+                ours(x).sum().backward()
+                theirs(x.float()).sum().backward()
+            assert not ours.running_mean.requires_grad
+            assert not ours.running_var.requires_grad
+            torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+
+
 def test_only_one_running_statistic(backend, device):
     (x, *_), (mean, var) = sample((9, 4), device=device)
     both = mean.clone(), var.clone()

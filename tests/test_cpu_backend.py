@@ -139,6 +139,47 @@ def test_logits_that_do_not_fit_the_budget_are_numpy_s():
         assert torch.equal(loss, F.cross_entropy(F.linear(x, w), c)) or backend == "fallback"
 
 
+@pytest.mark.parametrize("budget", [None, M * M * 4, M * M * 4 - 1, 0])
+def test_a_budget_holds_in_a_trace(budget):
+    x, w, c = _operands()
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    call = torch.compile(lambda x: D.linear_cross_entropy(x, w, c, memory_budget=budget), backend=keep)
+    torch.testing.assert_close(call(x), F.cross_entropy(F.linear(x, w), c))
+    own = any("linear_cross_entropy" in str(node.target) for g in graphs for node in g.graph.nodes)
+    assert own == (budget is not None and budget < M * M * 4)
+
+
+@pytest.mark.parametrize(
+    ("input", "weight", "target"), [((6, 0), (7, 0), (6,)), ((5,), (7, 5), ()), ((6, 5), (7, 2, 5), (6, 2))]
+)
+def test_logits_of_any_form(input, weight, target):
+    """As NumPy's: no features, no batch, more dimensions."""
+    x, w, c = torch.randn(input), torch.randn(weight), torch.randint(7, target)
+    found = D.linear_cross_entropy(x, w, c)
+    with dlgpu.use_backend("fallback"):
+        torch.testing.assert_close(found, D.linear_cross_entropy(x, w, c))
+
+
+def test_bad_options_are_refused_as_elsewhere():
+    x, w, c = _operands()
+    for call in (D.cross_entropy, lambda *args, **options: D.linear_cross_entropy(x, w, c, **options)):
+        for value in (-0.5, 1.5, float("nan")):
+            with pytest.raises(RuntimeError, match="label_smoothing must be between 0 and 1"):
+                call(x, c % N, label_smoothing=value)
+        with pytest.raises(ValueError, match="softcap must be positive"):
+            call(x, c % N, softcap=float("nan"))
+    with pytest.raises(ValueError, match="no classes"):
+        D.linear_cross_entropy(x, w[:0], c)
+    with pytest.raises(ValueError, match=r"target has shape \[24, 1\], expected \[24\]"):
+        D.linear_cross_entropy(x, w, c[:, None])
+
+
 def test_explain_says_which_and_why():
     x, t, c = _operands()
     for op, args in {"linear": (x, t), "cross_entropy": (x, c), "mse_loss": (x, t), "adam": ([x],)}.items():
@@ -212,6 +253,30 @@ def test_optimizers_change_backends_in_the_middle(name):
     _, params = _steps(getattr(dlgpu.optim, kind), options, 5, ("auto", "fallback"))
     for p, e in zip(params, expected, strict=True):
         torch.testing.assert_close(p, e, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_steps_leave_gradients_alone(name):
+    """Without weight decay and maximize, which copy them: some of torch's forms write into them."""
+    options = {k: v for k, v in OPTIMIZERS[name].items() if k not in ("weight_decay", "maximize")}
+    param = torch.randn(7, 3, requires_grad=True)
+    optimizer = getattr(dlgpu.optim, name.split()[0])([param], **options)
+    for _ in range(2):
+        grad = torch.randn(7, 3)
+        param.grad = grad.clone()
+        optimizer.step()
+        assert torch.equal(param.grad, grad)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(0, 5), (4, 0), (0, 5, 9)])
+def test_batch_norm_of_nothing_has_gradients(shape, training):
+    x = torch.randn(shape, requires_grad=True)
+    w, b = torch.ones(shape[1], requires_grad=True), torch.zeros(shape[1], requires_grad=True)
+    y = D.batch_norm(x, torch.zeros(shape[1]), torch.ones(shape[1]), w, b, training, activation="gelu")
+    found = torch.autograd.grad(y.sum(), (x, w, b))
+    assert y.shape == x.shape
+    assert all(torch.equal(g, torch.zeros_like(t)) for g, t in zip(found, (x, w, b), strict=True))
 
 
 def test_modules_and_training():

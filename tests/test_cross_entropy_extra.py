@@ -423,6 +423,19 @@ def test_inplace_grad_elsewhere_has_no_effect(backend, device, layout):
     assert torch.equal(x, before)
 
 
+def test_inplace_grad_beside_a_gradient_of_the_target(backend, device):
+    """Logits whose rows lie apart: the target's gradient has other strides, and both are as without the option."""
+    x = torch.randn(5, 40, device=device)
+    q = torch.randn(5, 33, device=device).softmax(1)
+    found = []
+    for inplace_grad in (False, True):
+        logits, target = x.clone()[:, 3:36].requires_grad_(), q.clone().requires_grad_()
+        loss = dlgpu.functional.cross_entropy(logits, target, inplace_grad=inplace_grad)
+        found.append(torch.autograd.grad(loss, (logits, target)))
+        assert torch.equal(logits, x[:, 3:36])
+    assert_same_bits(*found)
+
+
 def test_inplace_grad_under_create_graph(backend, device):
     x, target = sample(5, 9, device=device)
     x.requires_grad_()
@@ -475,6 +488,14 @@ def test_gradcheck(case, reduction):
     with dlgpu.use_backend("fallback"):
         assert torch.autograd.gradcheck(function, leaves)
         assert torch.autograd.gradgradcheck(function, leaves)
+
+
+def test_lse_is_no_function_of_the_target(backend, device):
+    x, target = torch.randn(5, 7, device=device), torch.rand(5, 7, device=device).requires_grad_()
+    loss, lse, _ = dlgpu.functional.cross_entropy(x, target, return_lse=True)
+    assert not lse.requires_grad
+    (found,) = torch.autograd.grad(loss + lse.sum(), target, create_graph=True)
+    torch.testing.assert_close(found, -x.log_softmax(1) / 5)
 
 
 @pytest.mark.parametrize("probabilities", [False, True])

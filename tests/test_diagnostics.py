@@ -106,6 +106,15 @@ def test_tiny_gradients_do_not_underflow():
     assert gradient_norms(model).total_norm == pytest.approx(1e-30, rel=1e-6, abs=0)
 
 
+def test_a_shared_gradient_counts_once_in_the_total():
+    model = chain([2.0, 3.0])
+    model[1].weight = model[0].weight
+    model(torch.ones(1, 1)).sum().backward()
+    report = gradient_norms(model)
+    assert [layer.norm for layer in report.layers] == [4.0, 4.0]
+    assert report.total_norm == 4.0
+
+
 def test_gradient_norms_refuses():
     model = chain([1.0])
     with pytest.raises(ValueError, match="call backward first"):
@@ -153,6 +162,17 @@ def test_dead_relu_in_an_mlp_counts_each_layer():
     assert dead_relu_share(model, x).layers["3"] == (6, 6)
     # The hooks are gone: nothing is counted any more, and the net is a chain again.
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_one_relu_after_several_layers():
+    relu = torch.nn.ReLU()
+    model = torch.nn.Sequential(dead_pair(torch.nn.Linear(1, 3)), relu, torch.nn.Linear(3, 2), relu)
+    with torch.no_grad():
+        model[2].bias.fill_(-100.0)
+    x = torch.tensor([[-2.0], [5.0]])
+    assert dead_relu_share(model, x).layers == {"1": (1, 3), "1, call 2": (2, 2)}
+    # Batch by batch, one without a row axis.
+    assert dead_relu_share(model, [x[:1], x[1]]) == dead_relu_share(model, x)
 
 
 def test_dead_relu_share_refuses():
@@ -339,12 +359,15 @@ def test_critical_point_refuses(monkeypatch):
         lambda t, _: t,
         lambda t, _: t.sum() * math.nan,
         lambda t, _: t.detach().sum(),
+        lambda t, _: 0.0,
     ):
         with pytest.raises(ValueError, match="expected a scalar"):
             critical_point(model, loss_fn, (None, None))
     frozen = Point([0.0] * 4).requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter requires a gradient"):
         critical_point(frozen, lambda t, _: t.sum(), (None, None))
+    with pytest.raises(ValueError, match="no parameter requires a gradient"):
+        critical_point(torch.nn.PReLU(0), lambda t, _: t.sum(), (torch.zeros(0, 0), None))
 
     real = builtins.__import__
 
@@ -394,6 +417,22 @@ STUCK = [1.0, 0.8, 0.7, 0.7, 0.7]
         ({"train_loss": FALLING, "val_loss": [1.0, 0.6, 0.6, 0.6, 0.6], "holdout_loss": FALLING}, "mismatch"),
         ({"train_loss": STUCK, "val_loss": STUCK, "target_loss": 0.7}, "good fit"),
         ({"train_loss": FALLING, "target_loss": 0.01}, "model bias or optimization"),
+        # The first loss that is a number sets the target.
+        ({"train_loss": [math.nan, *FALLING]}, "training loss low"),
+        ({"train_loss": [math.inf, *STUCK]}, "model bias or optimization"),
+        # A model that diverged says nothing.
+        ({"train_loss": STUCK, "smaller_train_loss": math.nan}, "model bias or optimization"),
+        (
+            {"train_loss": FALLING, "val_loss": [1.0, 0.6, 0.6, 0.6, 0.6], "holdout_loss": math.nan},
+            "overfitting or mismatch",
+        ),
+        # Losses below zero, as of a density.
+        (
+            {"train_loss": [1, -1.0], "larger_train_loss": -1.05, "target_loss": -2},
+            "model bias or optimization",
+        ),
+        ({"train_loss": [1, -1.0], "larger_train_loss": -1.2, "target_loss": -2}, "model bias"),
+        ({"train_loss": [1, -3.0], "val_loss": [1, -2.9], "target_loss": -2.95}, "good fit"),
     ],
 )
 def test_fit_report(history, verdict):
@@ -407,6 +446,11 @@ def test_fit_report(history, verdict):
             assert (f"{size}_train_loss" in history) == any(
                 f"a {size} model" in line for line in report.evidence
             )
+
+
+def test_losses_may_be_tensors():
+    losses = [torch.tensor(value, requires_grad=True) for value in FALLING]
+    assert fit_report({"train_loss": losses}) == fit_report({"train_loss": torch.stack(losses)})
 
 
 def test_the_end_of_a_curve_is_averaged():
@@ -426,7 +470,14 @@ def test_a_loss_that_still_falls_is_evidence():
 
 @pytest.mark.parametrize(
     "history",
-    [{}, {"val_loss": [1.0]}, {"train_loss": [1.0], "loss": 2}, {"train_loss": []}, {"train_loss": [[1.0]]}],
+    [
+        {},
+        {"val_loss": [1.0]},
+        {"train_loss": [1.0], "loss": 2},
+        {"train_loss": []},
+        {"train_loss": [[1.0]]},
+        {"train_loss": [-1.0, -2.0]},
+    ],
 )
 def test_fit_report_refuses(history):
     with pytest.raises(ValueError, match="history"):

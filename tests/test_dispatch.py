@@ -22,7 +22,7 @@ from triton.backends.compiler import BaseBackend
 from triton.runtime.jit import JITFunction, native_specialize_impl
 
 import dlgpu
-from dlgpu import functional
+from dlgpu import _dispatch, functional
 from dlgpu.kernels.activations import ACTIVATIONS, lookup
 from tolerance import assert_accurate, assert_conforms, assert_same_bits, run
 
@@ -120,11 +120,14 @@ CALLS = {
         [(5, 3)],
     ),
     "nn": (
-        lambda x: dlgpu.nn.CrossEntropyLoss()(LAYERS.to(x.device)(x), targets(5, 3, x.device)),
+        lambda x: dlgpu.nn.CrossEntropyLoss()(LAYERS[x.device.type](x), targets(5, 3, x.device)),
         [(5, 6)],
     ),
 }
-LAYERS = torch.nn.Sequential(dlgpu.nn.Linear(6, 4, activation="relu"), dlgpu.nn.Linear(4, 3))
+LAYERS = {
+    device: torch.nn.Sequential(dlgpu.nn.Linear(6, 4, activation="relu"), dlgpu.nn.Linear(4, 3)).to(device)
+    for device in {"cpu", "cuda" if torch.cuda.is_available() else "cpu"}
+}
 
 
 def some(names, *interpreted):
@@ -383,6 +386,9 @@ def op_names():
 )
 def test_opcheck(backend, device, sample):
     op, args = op_samples(backend, device)[sample]
+    extra = op is torch.ops.dlgpu.cross_entropy_extra and backend == "torch"
+    if torch.__version__ < (2, 13) and extra and args[1].is_floating_point() and args[2] is not None:
+        pytest.skip("torch's weighted cross_entropy of probabilities knew no symbolic sizes before 2.13")
     opcheck(op.default, args)
 
 
@@ -453,16 +459,22 @@ def test_batches_do_not_recompile(compiled, dynamic):
     assert counter.frame_count - first == (0 if dynamic else 1)
 
 
-def test_a_compiled_call_follows_the_backend(device, compiled, launches):
+@pytest.mark.parametrize("outside", [False, True])
+def test_a_compiled_call_follows_the_backend(device, compiled, launches, outside, monkeypatch):
+    """Also where it was compiled outside any block, on a thread that had entered none."""
+    monkeypatch.setattr(_dispatch, "_settings", _dispatch._Settings())
     function, _ = CALLS["relu"]
     fast, counter = compiled(function)
     x = inputs(5, 3, device=device)
+    if outside:
+        fast(x)
+        launches.clear()
     for backend, expected in (("triton", 1), ("fallback", 1), ("triton", 2)):
         if backend == "triton" or device == "cpu":
             with dlgpu.use_backend(backend):
                 fast(x)
             assert len(launches) == expected
-    assert counter.frame_count <= 2
+    assert counter.frame_count <= 2 + outside
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")

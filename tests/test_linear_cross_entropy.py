@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import tracemalloc
 
 import hypothesis
@@ -82,6 +83,9 @@ def check(
 
     both = call(ours, **own), call(reference)
     return assert_conforms(*both, (x, w, b, target, weight, token_weights), upstream, frozen=[4, 5])
+
+
+WIDE_TILE = configs.HeadTile(16, 512, 64, 1, 4, 2, "for the interpreter")
 
 
 @pytest.fixture
@@ -347,6 +351,56 @@ def test_confident_predictions(backend, device, margin, dtype, form):
     assert (loss >= 0).all()
     if dtype == torch.float32:
         check(x, w, b, target, reduction="none", label_smoothing=0.05, form=form)
+
+
+CLASSES = [1, 2, 3, 127, 128, 1000, 32000, 50257, 128256, 262144]
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "classes", "confident"),
+    [
+        (backend, dtype, classes, confident)
+        for backend, dtype in PAIRS[1:]
+        for classes in CLASSES
+        for confident in (False, True)
+        # Of many classes one case is interpreted, for a second or two.
+        if backend == "fallback"
+        or classes <= 1000
+        or (classes, dtype, confident) == (32000, torch.float32, True)
+    ],
+    indirect=["backend"],
+)
+def test_errors_at_class_counts(backend, device, dtype, classes, confident, monkeypatch):
+    """At most twice torch's own, where p > 0.999 too. In wide tiles, for the interpreter's sake."""
+    monkeypatch.setattr(configs, "linear_cross_entropy_tile", lambda *_: WIDE_TILE)
+    monkeypatch.setattr(configs, "linear_cross_entropy_chunk", lambda N, V, dtype: min(1 << 15, V))
+    N, H = 12, 16
+    x, w, b, target = sample(N, H, classes, dtype, device)
+    x = x / 2
+    target = torch.randperm(max(classes, N), device=device)[:N] % classes
+    if confident:
+        # Each row has a feature of its own, which its class looks for.
+        sure = torch.eye(N, H, dtype=dtype, device=device)
+        x, w, b = x / 16 + sure, w / 4, b / 4
+        w.index_add_(0, target, 22 * sure)
+        p = F.linear(*(t.double() for t in (x, w, b))).softmax(1)
+        assert classes < N or (p.gather(1, target[:, None]) > 0.999).all()
+    both = [
+        lambda x, w, b, t, f=f, more=more: f(x, w, t, linear_bias=b, reduction="none", **more)
+        for f, more in ((ours, FORMS["lean"]), (reference, {}))
+    ]
+    # dW of many classes is a linear layer's, and takes the interpreter seconds; db has dZ's error.
+    assert_conforms(*both, (x, w, b, target), frozen=[1] if classes > 1000 else ())
+
+
+def test_many_splits(backend, device):
+    """A class that has it all, and 60 splits of which each adds 0.7 roundings to its 1: none is lost."""
+    V, share = 60 * 64, 0.7 * 2**-24
+    x, w, b, target = sample(1, 1, V, device=device)
+    x[:], w[:], b[:], target[:] = 1.0, 0.0, math.log(share / 64), 70
+    b[70] = 0.0
+    loss = ours(x, w, target, linear_bias=b)
+    assert loss.item() == pytest.approx(60 * share, rel=0.1)
 
 
 @pytest.mark.parametrize("offset", [1e4, -1e4])

@@ -444,8 +444,9 @@ def test_autocast(device, call, to, dtype):
     for options in ({}, {"reduction": "none"}, {"weight": torch.rand(5, 4).to(dtype)}):
         if "weight" in options and call in ("smooth_l1_loss", "kl_div", "multi_margin"):
             continue
-        # torch has no backward for huber_loss of two dtypes.
-        for pair in ((x, t),) if call == "huber_loss" else ((x, t), (x, t.to(to))):
+        # torch has no backward for huber_loss of two dtypes, nor before 2.13 for mse_loss of float64 and another.
+        old = torch.__version__ < (2, 13) and call == "mse_loss" and dtype is torch.float64
+        for pair in ((x, t),) if call == "huber_loss" or old else ((x, t), (x, t.to(to))):
             results = []
             for f in (functional, F):
                 leaf = pair[0].clone().requires_grad_()

@@ -300,7 +300,9 @@ def _eager(
 ) -> torch.Tensor:
     """From torch's own functions, differentiable any number of times."""
     if not x.numel():
-        return x.new_empty(x.shape)
+        # No batch moves anything, and torch's function refuses no channels; the gradients are zeros.
+        nothing = torch.zeros(x.shape[1], dtype=_statistics_dtype(x), device=x.device)
+        return _affine(x, nothing, nothing, w, b).to(x.dtype)
     same = all(t is None or t.dtype is x.dtype for t in (w, b, running_mean, running_var, mean, var))
     if same and batches is None:
         training = mean is None or var is None
@@ -310,7 +312,9 @@ def _eager(
     dtype = _statistics_dtype(x)
     if mean is None or var is None:
         var, mean = torch.var_mean(x.to(dtype), _others(x), correction=0)
-        _move(running_mean, running_var, batches, momentum, mean, var, x.numel() // x.shape[1])
+        # Running statistics are no part of the graph.
+        count = x.numel() // x.shape[1]
+        _move(running_mean, running_var, batches, momentum, mean.detach(), var.detach(), count)
     z = _affine(x, mean.to(dtype), (var.to(dtype) + eps).rsqrt(), w, b).to(x.dtype)
     return lookup(activation).eager(z, negative_slope).contiguous()
 

@@ -111,8 +111,8 @@ def cross_entropy(
         return_accuracy: give too the share of the rows that count whose target has the largest logit (ties count), or with
             "none" 1 or 0 for each row. float32 (float64 for float64); no gradient. Class indices only.
         inplace_grad: backward may write the gradient over the logits, and then raises their version counter: using them
-            afterwards in another backward is torch's error. It does where it runs eagerly, without create_graph, and the
-            logits are [N, C] (or [C]) with columns side by side; elsewhere this has no effect.
+            afterwards in another backward is torch's error. It does where it runs eagerly, without create_graph, the logits
+            are [N, C] (or [C]) with columns side by side, and probabilities take no gradient; elsewhere this has no effect.
         grad_in_forward: forward also writes the gradient, for an upstream gradient of 1: in all one read and one write of the
             logits. The first backward multiplies it by the upstream gradient, which costs nothing but a launch where that is
             1, and gives it away; later ones, and create_graph, compute it again. For "mean" and "sum", class indices, float32
@@ -160,6 +160,8 @@ def cross_entropy(
     )
     backend = _dispatch.choose_backend(input, "cross_entropy_extra" if extra else "cross_entropy")
     if backend == "torch" and input.is_cpu:
+        # torch takes a negative one, and NaN, for none.
+        _check_smoothing(label_smoothing)
         return F.cross_entropy(
             input,
             target,
@@ -295,8 +297,12 @@ def _check(
         _checks.require_shape(op, "weight", weight, (x.shape[1],))
     if reduction not in REDUCTIONS:
         raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    _check_smoothing(label_smoothing)
+
+
+def _check_smoothing(label_smoothing: float) -> None:
     if not 0.0 <= label_smoothing <= 1.0:
-        raise RuntimeError(f"{op}: label_smoothing must be between 0 and 1, got {label_smoothing}")
+        raise RuntimeError(f"cross_entropy: label_smoothing must be between 0 and 1, got {label_smoothing}")
 
 
 def _check_extra(
@@ -908,7 +914,9 @@ class CrossEntropyExtraFunction(torch.autograd.Function):
         ctx.save_for_backward(*tensors, stats, denominator)
         ctx.options, ctx.inplace_grad, ctx.backend = options, inplace_grad, backend
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*([accuracy] if return_lse else [lse, accuracy]))
+        # lse is a function of the logits alone.
+        differentiable = return_lse and ctx.needs_input_grad[0]
+        ctx.mark_non_differentiable(*([accuracy] if differentiable else [lse, accuracy]))
         return loss, lse, accuracy
 
     @staticmethod
@@ -932,7 +940,8 @@ class CrossEntropyExtraFunction(torch.autograd.Function):
                 found = dx, None
             else:
                 args = dloss, dlse, *tensors, stats, denominator, *ctx.options, needs
-                if ctx.inplace_grad and needs[0] and _overwritable(x):
+                # One stride and alignment serve both gradients in the kernel, so of two neither goes over the logits.
+                if ctx.inplace_grad and needs == [True, False] and _overwritable(x):
                     found = _extra_backward[ctx.backend](*args, x.detach())
                     torch.autograd.graph.increment_version(x)
                 else:

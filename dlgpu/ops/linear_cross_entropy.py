@@ -162,7 +162,7 @@ def linear_cross_entropy(
         _checks.require_integer(op, "memory_budget", memory_budget)
         if memory_budget < 0:
             raise ValueError(f"{op}: memory_budget is a number of bytes, got {memory_budget}")
-    if softcap is not None and softcap <= 0:
+    if softcap is not None and not softcap > 0:
         raise ValueError(f"{op}: softcap must be positive, got {softcap}")
     if not 1 <= input.dim() <= 2:
         raise RuntimeError(
@@ -191,11 +191,22 @@ def linear_cross_entropy(
     ignore_index = -100 if ignore_index is None else ignore_index
     if memory_budget is None:
         memory_budget = DEFAULT_MEMORY_BUDGET if options is None else 0
-    rows = input if input.dim() == 2 else input.unsqueeze(0)
-    backend = _dispatch.choose_backend(input, _form(rows, math.prod(outer), memory_budget))
+    if outer[0] == 0:
+        raise ValueError(f"{op}: linear_weight has shape {list(linear_weight.shape)}: no classes")
+    if not probabilities and len(outer) == 1:
+        if target.shape != input.shape[:-1]:
+            raise ValueError(
+                f"{op}: target has shape {list(target.shape)}, expected {list(input.shape[:-1])}, a class for each row"
+            )
+        if token_weights is not None and token_weights.shape != target.shape:
+            raise ValueError(
+                f"{op}: token_weights has shape {list(token_weights.shape)}, expected {list(target.shape)}"
+            )
+    rows, classes = input if input.dim() == 2 else input.unsqueeze(0), math.prod(outer)
+    backend = _dispatch.choose_backend(input, _form(rows, classes, memory_budget))
     if probabilities or len(outer) > 1 or backend == "torch":
         bias = None if linear_bias is None else linear_bias.reshape(-1)
-        logits = linear(input, linear_weight.reshape(-1, linear_weight.shape[-1]), bias)
+        logits = linear(input, linear_weight.reshape(classes, linear_weight.shape[-1]), bias)
         return cross_entropy(
             logits.reshape(*input.shape[:-1], *outer),
             target,
@@ -209,14 +220,6 @@ def linear_cross_entropy(
             logit_scale=logit_scale,
             return_lse=return_lse,
             return_accuracy=return_accuracy,
-        )
-    if target.shape != input.shape[:-1]:
-        raise ValueError(
-            f"{op}: target has shape {list(target.shape)}, expected {list(input.shape[:-1])}, a class for each row"
-        )
-    if token_weights is not None and token_weights.shape != target.shape:
-        raise ValueError(
-            f"{op}: token_weights has shape {list(token_weights.shape)}, expected {list(target.shape)}"
         )
     if token_weights is not None:
         _checks.require_floating(op, "token_weights", token_weights)
@@ -255,12 +258,9 @@ def linear_cross_entropy(
 
 def _form(x: torch.Tensor, V: int, memory_budget: int) -> str:
     """The op's name, or with "_extra" that of the form that torch has no function for: without all logits stored."""
-    # No guard on sizes in a trace.
-    fits = (
-        memory_budget > 0
-        if torch.compiler.is_compiling()
-        else _kept_columns(x, V, memory_budget, "torch") == V
-    )
+    # By default no guard on sizes in a trace.
+    default = torch.compiler.is_compiling() and memory_budget == DEFAULT_MEMORY_BUDGET
+    fits = default or _kept_columns(x, V, memory_budget, "torch") == V
     return "linear_cross_entropy" if fits else "linear_cross_entropy_extra"
 
 

@@ -269,7 +269,8 @@ class _Alike:
 
     @staticmethod
     def _describe(tensors: Tensors) -> list[tuple[Any, ...]]:
-        return [(t.dtype, t.shape, t.stride()) for t in tensors]
+        # A negative view, as complex numbers' gradients may be, has another sign in memory.
+        return [(t.dtype, t.shape, t.stride(), t.is_neg()) for t in tensors]
 
     def __call__(self, tensors: Tensors) -> bool:
         if self.guards is not None and self.guards.check(*tensors):
@@ -582,7 +583,8 @@ class _Part:
 
     def _arranged(self, n: int, g: torch.Tensor) -> torch.Tensor:
         e = self.entries[n]
-        if g.dtype is e.param.dtype and g.shape == e.param.shape and _fits(g.shape, g.stride(), e.strides):
+        alike = g.dtype is e.param.dtype and g.shape == e.param.shape and not g.is_neg()
+        if alike and _fits(g.shape, g.stride(), e.strides):
             return g
         _check(self.rule, e.param, g)
         if n not in self.buffers:
@@ -942,8 +944,8 @@ class _TorchPart(_Part):
         entries, kept = [self.entries[n] for n in where], columns[1]
         given = [b if e.step is not None and e.step else None for b, e in zip(kept, entries, strict=False)]
         made = list(given) if kept else [None] * len(entries)
-        # The fused form takes all of them or none.
-        self.rule.eager(columns[0], grads, made, **options, foreach=True)
+        # The fused form takes all of them or none, and "foreach" adds to the gradients for nesterov.
+        self.rule.eager(columns[0], grads, made, **options, foreach=not options["nesterov"])
         # There are none without momentum.
         for buffer, old, new in zip(kept, given, made, strict=False):
             if old is None and new is not None:
