@@ -11,7 +11,9 @@ estimates a, b and intervals (la, ua), (lb, ub), the difference b - a lies betwe
     b - a - sqrt((b - lb)^2 + (ua - a)^2)    and    b - a + sqrt((ub - b)^2 + (a - la)^2)
 
 SLOWER or FASTER: the whole interval is beyond 2%, in which no run can see a difference (see `harness`). SAME: all of it is
-within. AMBIGUOUS: neither, or other processes kept the cores.
+within. AMBIGUOUS: neither, or other processes kept the cores, or a difference of a few microseconds on a CPU: what it takes to
+start a parallel loop's threads stays different for seconds, or for a whole run, and no interval of one run sees that.
+(On 2 cores it was 25 us more in one run of twelve: Adam's 64 us became 90, and its baseline's 182 became 209.)
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import dataclasses
 import io
 import json
 import math
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,6 +41,8 @@ __all__ = ["Change", "Comparison", "command", "compare"]
 Row = Mapping[str, Any]
 SCHEMA = "dlgpu-compare/1"
 FAIL_SLOWER = 5.0
+# A call's, on a CPU: what two runs of the same may differ by.
+THREADS_S = 40e-6
 # What two rows must share; a baseline too, where one is used.
 KEY = ("op", "options", "passes", "shape", "dtype", "a", "device", "cache", "timer")
 # Of the environment: what a difference of the numbers may come from, other than dlgpu.
@@ -52,6 +57,7 @@ class Change:
     basis: "ratio" to the row's own baseline, or "time".
     before, after: of A and B, (estimate, low, high), a ratio or seconds.
     change, low, high: after / before, and its interval.
+    doubt: why there is no verdict whatever the interval is: "busy", "microseconds", or "".
     """
 
     row: Row
@@ -61,7 +67,7 @@ class Change:
     change: float
     low: float
     high: float
-    busy: bool
+    doubt: str
 
     @property
     def noise(self) -> float:
@@ -70,15 +76,16 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        return "AMBIGUOUS" if self.busy else harness.verdict(self.low, self.high)
+        return "AMBIGUOUS" if self.doubt else harness.verdict(self.low, self.high)
 
     def slower_than(self, limit: float) -> bool:
         """Beyond doubt."""
-        return not self.busy and self.low > limit
+        return not self.doubt and self.low > limit
 
     def hides(self, limit: float) -> bool:
         """Whether it may be slower than `limit`, and its noise is too large to tell."""
-        return self.high > limit and (self.busy or (self.low <= limit and self.noise > limit - 1))
+        noisy = self.low <= limit and self.noise > limit - 1
+        return self.high > limit and (bool(self.doubt) or noisy)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,16 +172,17 @@ def _change(old: Row, new: Row, basis: str) -> Change:
     a, la, ua = map(math.log, before)
     b, lb, ub = map(math.log, after)
     middle = b - a
-    return Change(
-        row=new,
-        basis=basis,
-        before=before,
-        after=after,
-        change=math.exp(middle),
-        low=math.exp(middle - math.hypot(b - lb, ua - a)),
-        high=math.exp(middle + math.hypot(ub - b, a - la)),
-        busy=bool(old["crowded"] or new["crowded"]),
-    )
+    low = math.exp(middle - math.hypot(b - lb, ua - a))
+    high = math.exp(middle + math.hypot(ub - b, a - la))
+    doubt = ""
+    if old["crowded"] or new["crowded"]:
+        doubt = "busy"
+    elif new["device"] == "cpu" and harness.verdict(low, high) in ("FASTER", "SLOWER"):
+        # It may be the baseline's time that changed.
+        sides = ("samples_a_s", "samples_b_s")[: 1 if basis == "time" else 2]
+        shortest = min(statistics.median(row[side]) for row in (old, new) for side in sides)
+        doubt = "microseconds" if shortest * math.expm1(abs(middle)) < THREADS_S else ""
+    return Change(new, basis, before, after, math.exp(middle), low, high, doubt)
 
 
 def _differences(before: Row, after: Row) -> list[tuple[str, str, str]]:
@@ -224,7 +232,7 @@ _RIGHT = (False, False, False, True, True, True, True, False)
 def _cells(change: Change, limit: float) -> tuple[str, ...]:
     row = change.row
     title = tables.row_title(row) + (f" {plain(row['cache'])}" if row["cache"] in ("cold", "hot") else "")
-    verdict = change.verdict + (" (busy)" if change.busy else "")
+    verdict = change.verdict + (f" ({change.doubt})" if change.doubt else "")
     if change.slower_than(limit):
         verdict += " !"
     return (
@@ -278,7 +286,7 @@ def conclusion(comparison: Comparison, fail_slower: float) -> str:
         0: f"ok: nothing is slower by more than {fail_slower:g}% for certain, and no row is too noisy to tell",
         1: f"slower: {count} rows by more than {fail_slower:g}%",
         3: "wrong: a file holds wrong or impossible results, so its times count for nothing",
-        4: f"too noisy: {count} rows may be slower by more than {fail_slower:g}%, and their noise is larger than that",
+        4: f"too noisy: {count} rows may be slower by more than {fail_slower:g}%, and what was measured cannot tell",
     }
     return f"{said[status]} (exit status {status})"
 
@@ -360,7 +368,7 @@ def as_json(comparison: Comparison, fail_slower: float) -> str:
                 "change": change.change,
                 "low": change.low,
                 "high": change.high,
-                "busy": change.busy,
+                "doubt": change.doubt,
                 "verdict": change.verdict,
             }
             for change in comparison.changes

@@ -3,6 +3,7 @@
 import importlib
 import os
 import pkgutil
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -37,6 +38,10 @@ if DEVICE == "cpu":
     # "auto" would hand much of this to torch's own functions (configs.cpu_backend), and tests would hold torch to torch. Those
     # of that rule ask for "auto".
     _dispatch._default_backend = "fallback"
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts what it puts in the background so, and the processes that tests interrupt would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile(
     "dlgpu",

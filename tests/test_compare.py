@@ -46,6 +46,24 @@ def test_noise_is_ambiguous_and_so_are_busy_cores():
     assert pair(time_after=2e-3, noise=0.001, crowded=True).verdict == "AMBIGUOUS"
 
 
+def test_microseconds_on_a_cpu_are_ambiguous():
+    """Of two runs of the same on one machine, seen: Adam's parallel loops, and torch's, took 25 us more in the second."""
+    adam = {"device": "cpu", "noise": 0.005}
+    before = synthetic.timing(time_a=64e-6, time_b=182e-6, **adam)
+    after = synthetic.timing(time_a=90e-6, time_b=209e-6, seed=1, **adam)
+    for a, b, basis in itertools.product((before, after), (before, after), ("auto", "time")):
+        (change,) = compared([a], [b], basis=basis).changes
+        assert (change.verdict, change.doubt) == (("SAME", "") if a is b else ("AMBIGUOUS", "microseconds"))
+    # It may be the baseline that took longer; and not on a GPU; and not any number of them.
+    (change,) = compared(
+        [synthetic.timing(time_a=2e-3, time_b=60e-6, **adam)],
+        [synthetic.timing(time_a=2e-3, time_b=85e-6, **adam)],
+    ).changes
+    assert (change.verdict, change.doubt) == ("AMBIGUOUS", "microseconds")
+    assert pair(64e-6, 90e-6, noise=0.005).verdict == "SLOWER"
+    assert pair(64e-6, 110e-6, **adam).verdict == "SLOWER"
+
+
 def test_the_same_against_the_same_is_never_faster_or_slower():
     changes = [pair(seed=seed, noise=noise) for noise in (0.01, 0.1) for seed in range(150)]
     verdicts = [change.verdict for change in changes]
@@ -154,6 +172,8 @@ def test_exit_statuses():
     # Noise matters only where it may hide a slowdown.
     fast = synthetic.timing(time_a=1e-4, noise=0.3, pairs=30)
     assert status([same], [fast]) == 0
+    few = [synthetic.timing(time_a=t, noise=0.005, device="cpu") for t in (1e-4, 1.2e-4)]
+    assert [status(few[:1], few[1:]), status(few[1:], few[:1])] == [4, 0]
     # A small doubt about the limit itself is no noise.
     assert status([same], [synthetic.timing(time_a=1.05e-3, noise=0.005)]) == 0
 
