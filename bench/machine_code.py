@@ -116,8 +116,13 @@ class MachineCode:
 
     @property
     def spills(self) -> bool:
-        """Whether anything lives in local memory that should be in registers."""
-        return bool(self.stack_bytes or self.local_loads or self.local_stores)
+        """Whether anything lives in local memory that should be in registers.
+
+        What is written there and never read is a called function's arguments: Triton 3.6's assembler calls one beside each
+        transfer of a descriptor on 12.0.
+        """
+        written = self.stack_bytes or self.local_stores
+        return bool(self.local_loads or (written and not self._count("CALL")))
 
     @property
     def fits(self) -> bool:

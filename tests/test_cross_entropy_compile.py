@@ -1,6 +1,6 @@
 """What bounds the cross-entropy kernels: instruction counts from the machine code, against the document and memory."""
 
-from test_compile import CASES, compile_cases
+from test_compile import compile_cases, document
 
 # An H200, as the document says: multiprocessors times cycles a second, and bytes a second.
 CYCLES, BANDWIDTH = 132 * 1.7e9, 4.3e12
@@ -8,8 +8,8 @@ CYCLES, BANDWIDTH = 132 * 1.7e9, 4.3e12
 
 def test_memory_is_the_bound_and_the_document_says_so() -> None:
     """docs/cross_entropy.md's table is what the machine code has; but with a soft cap no instructions outlast the memory."""
+    text = document("cross_entropy.md")
     (found,) = compile_cases("--cross-entropy")
-    text = (CASES.parents[1] / "docs" / "cross_entropy.md").read_text()
     assert len(found) == 14
     for name, (instructions, special, moved) in found.items():
         times = instructions / (128 * CYCLES), special / (16 * CYCLES), moved / BANDWIDTH

@@ -186,6 +186,17 @@ def test_opcodes(opcodes, matrix, loads, stores):
     assert code.spills == ("STL" in opcodes)
 
 
+def test_arguments_of_calls_are_no_spills():
+    def spills(*opcodes, stack_bytes=8):
+        return MachineCode("k", 120, 4, 32, stack_bytes, 0, 0, Counter(opcodes)).spills
+
+    assert not spills("UTMALDG.2D", "STL.64", "CALL.ABS.NOINC")
+    assert spills("UTMALDG.2D", "STL.64", "CALL.ABS.NOINC", "LDL.64")
+    assert spills("UTMALDG.2D", "STL.64")
+    assert spills("UTMALDG.2D")
+    assert not spills("UTMALDG.2D", stack_bytes=0)
+
+
 def test_shared_memory_limits():
     limits = {c: machine_code.shared_memory_limit(c) // 1024 for c in CAPABILITIES}
     assert limits == {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
