@@ -805,8 +805,9 @@ def linear_cross_entropy_bwd(
         BLOCK=128,
         num_warps=4,
     )
-    tile = _tile(x, w)
     kept_columns = 0 if kept is None else kept.shape[1]
+    # Logits that were all kept are all that is read.
+    tile = _tile(*(() if kept_columns == V else (x, w)), *(() if kept is None else (kept,)))
     chunk = V if kept_columns == V else configs.linear_cross_entropy_chunk(N, V, dtype)
     edges = [*range(0, kept_columns, chunk), *range(kept_columns, V, chunk), V]
     strips = triton.cdiv(N, tile.block_m)

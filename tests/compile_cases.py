@@ -597,10 +597,10 @@ def linear_cross_entropy_cases(
     products are a linear layer's."""
     N = 8192
     limit = machine_code.shared_memory_limit(capability)
-    tile = configs.linear_cross_entropy_tile(capability, limit, dtype, H % 16 == 0)
+    read = V if kept else H
+    tile = configs.linear_cross_entropy_tile(capability, limit, dtype, read % 16 == 0)
     blocks = {name: value for name, value in tile.blocks.items() if name.isupper()}
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    read = V if kept else H
     fwd_tile = configs.linear_cross_entropy_tile(capability, limit, dtype, read % 16 == 0, smooth)
     fwd_options = {"num_warps": fwd_tile.num_warps, "num_stages": fwd_tile.num_stages}
     # Below 8.0 Triton has no matrix instruction of 16 bits.
