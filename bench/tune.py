@@ -504,36 +504,36 @@ def examine(key: tuning.LinearKey, tile: tuning.Tile, limits: Sequence[int]) -> 
 
 
 def examine_rule(case: Case, key: tuning.RuleKey, tile: tuning.Tile, limits: Limits) -> bool:
-    """Whether the kernels that a case launches otherwise with a tile spill nothing and fit; for a process whose kernels are
-    not interpreted."""
+    """Whether the kernels that a case launches otherwise with a tile spill nothing and fit; as `examine`."""
+    from triton.runtime.driver import driver
+
     from . import machine_code
 
-    # There it is not known what fits.
-    if limits[0] not in machine_code.CAPABILITIES:
-        return True
     where = tuning.Table("", limits, torch.device("meta"))
+    seen: set[str] = set()
+    good = True
 
-    def launched(tiles: Mapping[Any, Any]) -> dict[str, tuple[Launched, machine_code.Specialization]]:
-        found = {}
+    def new(launch: Launched) -> bool:
+        # Now, while meta tensors have addresses: their alignment is part of what is compiled.
+        name = repr((launch.kernel, machine_code.signature_of(launch.kernel, launch.args), launch.options))
+        first = name not in seen
+        seen.add(name)
+        return first
 
-        def spy(launch: Launched) -> None:
-            # Now, while meta tensors have addresses: their alignment is part of what is compiled.
-            specialization = machine_code.signature_of(launch.kernel, launch.args)
-            found[repr((launch.kernel, specialization, launch.options))] = launch, specialization
+    def compiled(launch: Launched) -> None:
+        nonlocal good
+        if good and new(launch):
+            found = launch.kernel.warmup(
+                grid=launch.grid, **{"enable_fp_fusion": True, **launch.args, **launch.options}
+            )
+            code = machine_code.read(found, limits[0])
+            good = not code.spills and code.shared_bytes <= limits[1]
 
+    driver.set_active(_Driver(limits[0]))
+    for tiles, spy in (({}, new), ({key: tile}, compiled)):
         with _in_use(where, tiles):
             dry_run(case.without_memory("dlgpu"), limits, warm=case.passes == STEP, spy=spy)
-        return found
-
-    usual = launched({})
-    for name, (launch, specialization) in launched({key: tile}).items():
-        if name not in usual:
-            code = machine_code.compile_for(
-                launch.kernel, **specialization, capability=limits[0], **launch.options
-            )
-            if code.spills or code.shared_bytes > limits[1]:
-                return False
-    return True
+    return good
 
 
 def _good(task: Mapping[str, Any], limits: Limits) -> bool:

@@ -465,6 +465,16 @@ CALLS = {
 }
 
 
+def taken(tile):
+    """The part of a tile that every launch is given."""
+    return getattr(tile, "block", None) or tile.block_m, tile.num_warps
+
+
+def given(launch):
+    meta = launch[3]
+    return meta.get("BLOCK", meta.get("BLOCK_M")), meta["num_warps"]
+
+
 @pytest.mark.parametrize("number", range(1, 8))
 @pytest.mark.parametrize(
     ("rules", "ours", "theirs", "shape"),
@@ -486,12 +496,9 @@ def test_any_variant_is_as_accurate(launches, number, rules, ours, theirs, shape
     del launches[:]
     with bench_tune._in_use(where, tiles):
         assert_conforms(ours, theirs, (x,))
-    for key, tile in tiles.items():
-        sizes = {getattr(tile, name) for name in ("block", "block_m") if hasattr(tile, name)}
-        assert any(
-            (meta["num_warps"], meta.get("BLOCK", meta.get("BLOCK_M"))) == (tile.num_warps, *sizes)
-            for _, _, _, meta in launches
-        ), key
+    # The kernels of the rules, beside which there are those that add up.
+    own = [entry for entry in launches if entry[0].endswith(("_fwd_kernel", "_bwd_kernel", "_grad_kernel"))]
+    assert set(map(given, own)) == set(map(taken, tiles.values()))
 
 
 @pytest.mark.parametrize("number", range(1, 8))
@@ -512,32 +519,37 @@ def test_any_variant_steps_as_well(launches, number, odd):
         dlgpu.optim.SGD([ours], lr=0.1).step()
     torch.optim.SGD([theirs], lr=0.1).step()
     assert asked.keys_asked == [key]
-    (meta,) = (meta for name, _, _, meta in launches if name == "_multi_tensor_kernel")
-    assert (meta["BLOCK"], meta["num_warps"]) == (tile.block, tile.num_warps)
+    assert [given(entry) for entry in launches if entry[0] == "_multi_tensor_kernel"] == [taken(tile)]
     torch.testing.assert_close(ours, theirs)
 
 
 def test_explain_says_so_of_rules(monkeypatch):
     """Every kernel's tile that a table may hold is shown with where it is from."""
-    x = torch.randn(3, 40, dtype=torch.bfloat16, device=DEVICE)
-    params = [torch.randn(40, device=DEVICE)]
-    calls = {
-        "gelu": (x,),
-        "softmax": (x, 1),
-        "logsumexp": (x, 1),
-        "layer_norm": (x, (40,)),
-        "cross_entropy": (x, target(40)),
-        "mse_loss": (x, x),
-        "multi_margin_loss": (x, target(40)),
-        "adam": (params,),
-    }
-    options = {"cross_entropy": [{}, {"grad_in_forward": True}]}
     where = tuning.Table(CARD, _triton.device_limits(HERE), HERE)
     shown = set()
-    for name, arguments in calls.items():
-        for given in options.get(name, [{}]):
+    for C in (40, 41, 48, 1001):
+        x = torch.randn(3, C, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+        calls = [
+            ("gelu", (x,), {}),
+            ("softmax", (x, 1), {}),
+            ("logsumexp", (x, 1), {}),
+            ("layer_norm", (x, (C,)), {}),
+            ("cross_entropy", (x, target(C)), {}),
+            ("cross_entropy", (x, x.detach().softmax(1)), {}),
+            ("cross_entropy", (x, target(C)), {"grad_in_forward": True}),
+            ("cross_entropy", (x, target(C)), {"grad_in_forward": True, "ignore_index": 1}),
+            ("cross_entropy", (x, target(C)), {"grad_in_forward": True, "label_smoothing": 0.1}),
+            ("mse_loss", (x, x), {}),
+            ("multi_margin_loss", (x, target(C)), {}),
+            ("adam", ([x.detach()],), {}),
+        ]
+        for name, arguments, given in calls:
             with bench_tune._in_use(where, {}) as asked:
                 before = dlgpu.explain(name, *arguments, **given).steps
+            if name != "adam":
+                with bench_tune._in_use(where, {}) as launched:
+                    getattr(dlgpu.functional, name)(*arguments, **given).sum().backward()
+                assert set(asked.keys_asked) == set(launched.keys_asked), name
             tiles = {}
             for key in asked.keys_asked:
                 tile = tuning.candidates(where.limits, key)[1]
@@ -1278,6 +1290,27 @@ def test_a_stopped_run_of_rules_keeps_what_it_measured(monkeypatch, tmp_path):
     # Nor does one out of time begin anything.
     monkeypatch.setattr(tuning, "choose", None)
     assert run(budget_s=-1.0) == 1
+
+
+@pytest.mark.skipif(not _triton.INTERPRETED, reason="cases of a rehearsal")
+def test_a_trial_runs_on_its_tile(launches):
+    """Each time, whatever ran before; beside the tiles that are chosen already."""
+    where = tuning.Table(CARD, _triton.device_limits(HERE), HERE)
+    for case in rule_cases("softmax", "layer_norm", "adam", "mse_loss"):
+        keys = bench_tune._rules_asked(case, where.limits)
+        chosen = {key: tuning.candidates(where.limits, key)[-1] for key in keys[:-1]}
+        tiles, asked = tuning.candidates(where.limits, keys[-1]), set()
+        run = bench_tune._trial(case, keys[-1], where, chosen, {}, asked)
+        run(tiles[0])
+        run(tiles[1])
+        for tile in (tiles[0], tiles[1], tiles[0]):
+            del launches[:]
+            results = run(tile)
+            assert not any(t.requires_grad for t in results)
+            assert {taken(t) for t in (*chosen.values(), tile)} <= set(map(given, launches))
+            others = {taken(t) for t in tiles} - {taken(tile)}
+            assert others.isdisjoint(given(e) for e in launches if e[0].startswith("_multi_tensor"))
+        assert asked == set(keys)
 
 
 def test_a_trial_that_runs_another_kernel_is_none(monkeypatch, tmp_path):

@@ -1048,14 +1048,16 @@ def _explain(
         wide = input.dtype in (torch.float32, torch.bfloat16)
         if grad_in_forward and wide and not probabilities and reduction != "none" and not return_lse:
             capability = _triton.device_limits(input.device)[0]
-            aligned = not kwargs and C % 16 == 0
+            options = {*kwargs} - {"weight", "ignore_index", "token_weights", "return_accuracy"}
+            # As the launcher's flags, of rows side by side.
+            aligned = C % 16 == 0 or not configs.cross_entropy_edges(input.dtype, C)
             tile = tuning.tile(
                 input.device,
                 configs.cross_entropy_grad_tile,
                 capability,
                 input.dtype,
                 C,
-                aligned,
+                aligned and not options,
                 "label_smoothing" in kwargs,
             )
             before = reduce if reduction == "mean" else []
