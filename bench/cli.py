@@ -7,6 +7,7 @@ status; None is 0. What it cannot do it raises as `UsageError`: one line, status
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import math
 import os
@@ -36,6 +37,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "env": ("listing:env", "This machine and its software, as results files record it."),
     "tune": ("tune", "Measure tiles on this NVIDIA GPU and write a table of the fastest."),
 }
+# What a write to a disk without room fails with.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 EXIT_STATUS = """\b
 Exit status: 0 ok, 1 slower (compare), 2 cannot be done as asked, 3 wrong results,
 4 too noisy (compare), 130 after Ctrl-C, with the results up to there kept.
@@ -145,7 +148,11 @@ class _Group(click.Group):
             if traceback:
                 raise
             status = 2
-            _say(f"a bug: {type(error).__name__}: {error} (--traceback shows where)")
+            if isinstance(error, OSError) and error.errno in _FULL and error.filename is None:
+                # Of a file with a name its writer has said more.
+                _say(f"cannot write to standard output: {error.strerror}")
+            else:
+                _say(f"a bug: {type(error).__name__}: {error} (--traceback shows where)")
         if standalone_mode:
             sys.exit(status)
         return status

@@ -44,7 +44,16 @@ _TOOL_TIMEOUT_S = 20
 # Not from this file: a checkout has bench/ beside the package, and a link to it inside.
 PACKAGE = Path(dlgpu.__file__).resolve().parent
 # What a result depends on, in the package.
-_SOURCES = ("kernels", "fallback", "ops", "_dispatch.py", "functional.py", "nn.py", "optim.py")
+_SOURCES = (
+    "kernels",
+    "kernels/tuned",
+    "fallback",
+    "ops",
+    "_dispatch.py",
+    "functional.py",
+    "nn.py",
+    "optim.py",
+)
 
 
 class UsageError(Exception):
@@ -180,11 +189,11 @@ def _diagnose(gpu: Gpu, probes: Probes, error: str) -> tuple[str, str]:
     if probes.torch_cuda is None:
         # The newest wheels that this driver runs, of those that torch publishes.
         wheel = next((name for name, needs in _WHEELS if _version(gpu.cuda) >= needs), "")
-        index = f" --index-url https://download.pytorch.org/whl/{wheel}" if wheel else ""
+        build = f"'s {wheel} build" if wheel else ""
         version = probes.torch_version.partition("+")[0]
         return (
             f"torch {probes.torch_version} is a build without CUDA",
-            f"install one with CUDA: pip install --force-reinstall torch=={version}{index}",
+            f"install one with CUDA: torch {version}{build}, as pytorch.org shows",
         )
     # Minor versions of one major version go together.
     if gpu.cuda and _version(gpu.cuda)[:1] < _version(probes.torch_cuda)[:1]:
@@ -297,11 +306,11 @@ def _commit() -> dict[str, Any] | None:
 
 
 def _source_hash() -> str:
-    """One hash over what computes: two results with the same one ran the same code."""
+    """One hash over what computes, tables of tiles too: two results with the same one ran the same code."""
     digest = hashlib.sha256()
     for source in _SOURCES:
         path = PACKAGE / source
-        for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
+        for file in sorted([*path.glob("*.py"), *path.glob("*.json")]) if path.is_dir() else [path]:
             digest.update(f"{source}/{file.name}\0".encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 

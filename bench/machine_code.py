@@ -32,6 +32,8 @@ from triton.compiler import ASTSource
 from triton.runtime.autotuner import Autotuner, Heuristics
 from triton.runtime.jit import JITFunction, MockTensor, native_specialize_impl
 
+from dlgpu.kernels._triton import most_registers
+
 CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
 
 # KiB that one block may ask for; the 1 KiB the driver reserves is already taken off.
@@ -258,17 +260,14 @@ def compile_for(
     divisible -= constants.keys()
     attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if name in divisible}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attrs)
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", capability, 32),
-        options={
-            "num_warps": num_warps,
-            "num_stages": num_stages,
-            "enable_fp_fusion": enable_fp_fusion,
-            **options,
-        },
-    )
-    return read(compiled, capability)
+    options |= {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
+    target = GPUTarget("cuda", capability, 32)
+    code = read(triton.compile(source, target=target, options=options), capability)
+    if code.spills and options.get("maxnreg") is None:
+        # As `_triton.launch` does from the second time on.
+        options["maxnreg"] = most_registers(num_warps)
+        code = read(triton.compile(source, target=target, options=options), capability)
+    return code
 
 
 def read(compiled: Any, capability: int) -> MachineCode:

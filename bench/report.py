@@ -62,6 +62,7 @@ import json
 import math
 import os
 import re
+import secrets
 import stat
 import sys
 import tempfile
@@ -537,15 +538,19 @@ def _finite(value: Any) -> Any:
 
 
 def write_whole(path: Path, text: str | bytes) -> None:
-    """Writes a file that is there as a whole or not at all.
+    """Writes a file that is there as a whole or not at all, for whom the file before it was, or new files are.
 
     Raises:
         OSError: it cannot be written; what was there before still is.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
+    # Not by tempfile, whose files are for their owner alone.
+    name = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")
+    handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(text if isinstance(text, bytes) else text.encode("utf-8", "backslashreplace"))
+        with contextlib.suppress(OSError):
+            name.chmod(stat.S_IMODE(path.stat().st_mode))
         os.replace(name, path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -52,6 +52,7 @@ __all__ = [
     "row_bucket",
     "softmax_tile",
     "sum_tile",
+    "tiled_capability",
     "variants",
 ]
 
@@ -155,6 +156,12 @@ class CuBlas:
 
 # Multiprocessors of the smallest usual card of each capability: how many tiles it takes to fill one.
 _MULTIPROCESSORS = {75: 40, 80: 108, 86: 82, 89: 76, 90: 114, 100: 148, 120: 70}
+
+
+def tiled_capability(capability: int) -> int:
+    """Whose tiles a GPU takes: those of the newest capability here that is not newer. 10.3 takes 10.0's, 12.1 takes 12.0's."""
+    return max((known for known in _MULTIPROCESSORS if known <= capability), default=capability)
+
 
 # Steps of the inner loop that make a part worth its share of the sum over the parts.
 _STEPS_A_PART = 16
@@ -651,10 +658,13 @@ def linear_cross_entropy_tile(
     """
     if dtype is torch.float32 or capability < 80:
         # Registers hold the products, for want of a matrix instruction.
+        # The addresses of rows that are not aligned take registers too.
+        if capability >= 120 and (smooth or not aligned):
+            return HeadTile(32, 64, 32, 8, 8, 2, "12.0: larger tiles spill")
         if smooth:
-            # On 10.0 and later those four warps spill with a bias, class weights and a soft cap.
-            m, n, k, warps = (32, 64, 32, 8) if capability >= 100 else (64, 32, 16, 4)
-            return HeadTile(m, n, k, 8, warps, 2, "larger tiles spill")
+            # On 10.0 those four warps spill with a bias, class weights and a soft cap, and matrix instructions want 64 rows.
+            k, warps = (32, 8) if capability >= 100 else (16, 4)
+            return HeadTile(64, 32, k, 8, warps, 2, "larger tiles spill")
         return HeadTile(64, 64, 32, 8, 8, 2, "larger tiles spill")
     if not aligned:
         return HeadTile(

@@ -633,6 +633,14 @@ def linear_cross_entropy_fwd(
 
     softcap 0 is none. One product in all, in one launch; what is kept of the logits takes two more, one that multiplies and
     one that reads. Then a pass over the splits' partial results, and a small launch that reduces over the rows.
+
+    Bytes, with b those of an element, K columns kept, tiles in `across` columns and `down` rows, s splits of f = 3 fields (5
+    with smoothing). Where two numbers stand, the second is what is requested.
+        multiplying: b (N H + V H) + 8 N + 4 f s N; b (across N H + down V H) + 8 s N + 4 f s N. With a bias, and with smoothed
+            class weights, b V more each; b V a row of tiles. Of what was kept b N K is read, in place of product and bias.
+        putting together: 4 f s N + 8 N of targets + 20 N of losses, lse, statistics and shares, 4 N more for accuracy, b N for
+            token weights; with class weights b for each target's class, b N.
+        reducing: 8 N + 8, and 12 N + 4 more for accuracy.
     """
     (N, H), V = x.shape, w.shape[0]
     target = target.contiguous()
@@ -755,7 +763,19 @@ def linear_cross_entropy_bwd(
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """(dx, dw, db), None for what is not needed. A small launch for the rows' factors; for each chunk of the vocabulary one
-    that makes its dZ, and a product for each of dX and dW. Where all logits were kept there is one chunk."""
+    that makes its dZ, and a product for each of dX and dW. Where all logits were kept there is one chunk.
+
+    Bytes, with b those of an element, tiles in `across` columns and `down` rows. Where two numbers stand, the second is what
+    is requested.
+        factors: 32 N of targets, statistics and factors, 4 N of upstream gradients (4 of one value; 4 N), 4 N of dlse, b N of
+            token weights, 4 of the denominator and 4 of the class weights' sum (each by every program), with class weights
+            b for each target's class (b N).
+        dZ of c columns: b (N H + c H) + 20 N (24 N with smoothing) + b N c + 4 down c for db; b (across N H + down c H) +
+            across (20 N or 24 N) + b N c + 4 down c. Bias, class weights and what was kept as in forward.
+        dX of one of several chunks: b (N c + c H) + 4 N H, another 4 N H but for the first chunk, and for the last b N H in
+            place of the first 4 N H; b (across N c + down c H) and the same ends.
+    dW, and dX of one chunk, are products of kernels/linear.py.
+    """
     (N, H), V = x.shape, w.shape[0]
     needs_x, needs_w, needs_b = needs
     target = target.contiguous()

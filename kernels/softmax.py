@@ -248,7 +248,8 @@ def _aligned(x: torch.Tensor, vector: int) -> bool:
 
 
 def softmax_fwd(x: torch.Tensor, log: bool) -> torch.Tensor:
-    """y, contiguous, of x [..., C], in one launch."""
+    """y, contiguous, of x [..., C], in one launch. Bytes, with b those of an element: 2 b N C; where a tile holds no whole row
+    (configs.softmax_tile) 3 b N C are requested."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not y.numel():
         return y
@@ -275,7 +276,8 @@ def softmax_fwd(x: torch.Tensor, log: bool) -> torch.Tensor:
 
 
 def softmax_bwd(dy: torch.Tensor, y: torch.Tensor, log: bool) -> torch.Tensor:
-    """dx, contiguous, from dy [..., C] of any strides and y [..., C], in one launch."""
+    """dx, contiguous, from dy [..., C] of any strides and y [..., C], in one launch. Bytes, with b those of an element:
+    3 b N C; where a tile holds no whole row 5 b N C are requested, for log-softmax, whose sum does not need y, 4 b N C."""
     dx = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     if not dx.numel():
         return dx
@@ -305,7 +307,7 @@ def softmax_bwd(dy: torch.Tensor, y: torch.Tensor, log: bool) -> torch.Tensor:
 
 
 def logsumexp_fwd(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(lse [...], stats [2, N]) of x [..., C], in one launch."""
+    """(lse [...], stats [2, N]) of x [..., C], in one launch. Bytes, with b those of an element: b N C + (8 + b) N."""
     lse = torch.empty(x.shape[:-1], dtype=x.dtype, device=x.device)
     N, C = lse.numel(), x.shape[-1]
     stats = torch.empty((2, N), dtype=torch.float32, device=x.device)
@@ -332,7 +334,8 @@ def logsumexp_fwd(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def logsumexp_bwd(dlse: torch.Tensor, x: torch.Tensor, stats: torch.Tensor) -> torch.Tensor:
-    """dx, contiguous, from dlse [...] and x [..., C], in one launch: every program writes some rows' columns."""
+    """dx, contiguous, from dlse [...] and x [..., C], in one launch: every program writes some rows' columns. Bytes,
+    with b those of an element: 2 b N C + (8 + b) N; the (8 + b) N are requested by each of a row's programs."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not dx.numel():
         return dx

@@ -1,5 +1,6 @@
 """Where the tests run: the kernels on the GPU if there is one, else in Triton's interpreter on CPU tensors."""
 
+import contextlib
 import importlib
 import os
 import pkgutil
@@ -53,6 +54,12 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("dlgpu")
+with contextlib.suppress(ImportError):
+    from hypothesis.internal.conjecture import providers
+
+    # It draws constants of the project's modules too, of whichever a worker has loaded by then: examples are to be the same
+    # each time.
+    providers._get_local_constants = lambda: providers._local_constants
 
 # Interpreted launches of this session, and the most programs in one launch of each kernel.
 _launches: Counter[str] = Counter()

@@ -1,7 +1,9 @@
 """The benchmark: its statistics, its command line, its suites, its files and its refusals. None of its numbers: those are the
 machine's."""
 
+import ast
 import dataclasses
+import errno
 import functools
 import getpass
 import io
@@ -9,6 +11,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -112,9 +115,9 @@ def test_a_usable_gpu():
 @pytest.mark.parametrize(
     ("answers", "says"),
     [
-        ({}, ["torch 2.13.0+cpu is a build without CUDA", "torch==2.13.0 --index-url", "/whl/cu130"]),
-        ({"nvidia_smi": {**SMI, "cuda": "12.7"}}, ["/whl/cu126"]),
-        ({"nvidia_smi": {**SMI, "cuda": "11.4"}}, ["without CUDA", "torch==2.13.0;"]),
+        ({}, ["torch 2.13.0+cpu is a build without CUDA", "torch 2.13.0's cu130 build"]),
+        ({"nvidia_smi": {**SMI, "cuda": "12.7"}}, ["cu126"]),
+        ({"nvidia_smi": {**SMI, "cuda": "11.4"}}, ["without CUDA", "torch 2.13.0, as"]),
         (
             {"torch_version": "2.13.0", "torch_cuda": "13.0", "nvidia_smi": {**SMI, "cuda": "12.4"}},
             ["needs a driver for CUDA 13.0, this one ends at 12.4", "update the NVIDIA driver"],
@@ -185,6 +188,53 @@ def test_nothing_tells_whose_machine_it_was(tmp_path, monkeypatch):
         assert private not in text
     assert not re.search(rf"\b{re.escape(user)}\b", text)
     assert not re.search(r"[\"' ]/\w+/", text)
+
+
+def test_the_source_hash_is_of_all_that_computes(tmp_path, monkeypatch):
+    copied = tmp_path / "dlgpu"
+    shutil.copytree(environment.PACKAGE, copied, ignore=shutil.ignore_patterns("bench", "__pycache__"))
+    known = {environment._source_hash()}
+    monkeypatch.setattr(environment, "PACKAGE", copied)
+    assert environment._source_hash() in known
+    (copied / "kernels" / "tuned" / "README.md").write_text("changed")
+    assert environment._source_hash() in known
+    sources = [
+        "kernels/linear.py",
+        "kernels/configs.py",
+        "ops/linear.py",
+        "fallback/linear.py",
+        "_dispatch.py",
+        "nn.py",
+    ]
+    for name in (*sources, "optim.py", "functional.py", "kernels/tuned/a-card.json"):
+        with (copied / name).open("a") as file:
+            file.write("\n")
+        known.add(environment._source_hash())
+    assert len(known) == 1 + len(sources) + 3
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_the_commit_and_whether_it_was_modified(tmp_path, monkeypatch):
+    package = tmp_path / "dlgpu"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    monkeypatch.setattr(environment, "PACKAGE", package)
+
+    def git(*arguments):
+        settings = ("-c", "user.name=nobody", "-c", "user.email=nobody@invalid", "-c", "commit.gpgsign=false")
+        done = subprocess.run(
+            ["git", *settings, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    git("init", "--quiet")
+    # Of a checkout that is not dlgpu's.
+    assert environment._commit() is None
+    git("add", ".")
+    git("commit", "--quiet", "--message", "first")
+    assert environment._commit() == {"commit": git("rev-parse", "HEAD"), "modified": False}
+    (package / "__init__.py").write_text("changed")
+    assert environment._commit() == {"commit": git("rev-parse", "HEAD"), "modified": True}
 
 
 def test_an_interrupted_run_keeps_its_rows(tmp_path, monkeypatch, capsys):
@@ -425,6 +475,19 @@ def test_an_error_nobody_thought_of_is_one_line(monkeypatch, capsys):
         cli.main(["--quick", "--traceback"])
 
 
+def test_a_standard_output_without_room_is_one_line(monkeypatch, capsys):
+    """As of `dlgpu-bench list > /dev/full`."""
+
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    assert cli.main(["list"]) == 2
+    expected = "dlgpu-bench: error: cannot write to standard output: No space left on device\n"
+    assert capsys.readouterr().err == expected
+
+
 def test_every_command_is_there_and_imports_nothing_before(capsys):
     assert cli.main(["--help"]) == 0
     out = capsys.readouterr().out
@@ -638,6 +701,26 @@ def test_ctrl_c(tmp_path):
     document = report.load(path)
     assert document["status"] == "interrupted"
     assert document["rows"]
+
+
+def test_processes_have_a_time_limit_and_no_shell():
+    """Read from the source. Who starts a `children.Lines` gives a deadline for its lines."""
+    found = []
+    for folder in ("bench", "kernels", "dlgpu"):
+        for path in sorted((ROOT / folder).glob("**/*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+                if not name.startswith(("subprocess.", "os.system", "os.popen", "os.spawn")):
+                    continue
+                given = {keyword.arg for keyword in node.keywords}
+                text = isinstance(node.args[0], (ast.JoinedStr, ast.Constant))
+                limited = "timeout" in given or (name, path.name) == ("subprocess.Popen", "children.py")
+                known = name in ("subprocess.run", "subprocess.Popen")
+                found.append(
+                    (path.name, node.lineno, known and limited and not text and "shell" not in given)
+                )
+    assert [place for *place, right in found if not right] == []
+    assert len(found) > 5
 
 
 def test_the_interpreter_process_reports_its_failure():

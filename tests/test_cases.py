@@ -218,6 +218,17 @@ def test_what_is_kept_between_steps_is_no_input():
     assert len(bound.tensors()) == before == 3
 
 
+def test_a_training_step_makes_its_gradients_anew():
+    op = OPS["training_step"]
+    bound = bind(op, op.functions["eager"], small(op), STEP, Make("cpu", torch.float32))
+    grads = []
+    for _ in range(2):
+        bound()
+        grads.append([p.grad for p in bound.inputs["state"]["params"]])
+    assert grads[0]
+    assert all(new is not old for old, new in zip(*grads, strict=True))
+
+
 def test_a_library_is_imported_when_it_is_called():
     missing = late("a_package_that_is_not_there:function")
     with pytest.raises(ImportError, match="a_package_that_is_not_there"):

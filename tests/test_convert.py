@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from torch.testing._internal.common_modules import module_db
 
 import dlgpu
-from dlgpu._convert import Changed
+from dlgpu._convert import _CONVERTED, Changed
 from tolerance import assert_accurate, assert_same_bits
 
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -393,6 +394,41 @@ def test_a_converted_layer_is_as_one_that_was_made(name):
     assert repr(converted).replace("dlgpu", "") == repr(made).replace("dlgpu", "")
     again = pickle.loads(pickle.dumps(converted))
     assert type(again) is type(made)
+
+
+INFOS = {info.module_cls.__name__: info for info in module_db if info.module_cls in _CONVERTED}
+
+
+def test_torch_has_data_of_nearly_all():
+    assert {kind.__name__ for kind in _CONVERTED} - INFOS.keys() == {"Dropout", "Sequential"}
+
+
+@pytest.mark.parametrize("name", INFOS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_torchs_module_data(name, dtype, training):
+    """Every row of torch.testing's module_db: results, gradients and buffers of a converted module are torch's."""
+    info, count = INFOS[name], 0
+    for sample in info.module_inputs_func(
+        info, device="cpu", dtype=dtype, requires_grad=True, training=training
+    ):
+        made, given, results = sample.constructor_input, sample.forward_input, []
+        theirs = info.module_cls(*made.args, **made.kwargs).to(dtype).train(training)
+        ours = dlgpu.convert(theirs, inplace=False).model
+        if type(ours) is type(theirs):
+            # It writes over its input.
+            assert theirs.inplace
+            continue
+        for module in (ours, theirs):
+            args = [a.detach().clone().requires_grad_(a.requires_grad) for a in given.args]
+            y = module(*args, **given.kwargs)
+            wanted = [a for a in (*args, *module.parameters()) if a.requires_grad]
+            results.append([y, *torch.autograd.grad(y.sum(), wanted), *module.buffers()])
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, equal_nan=True)
+        count += 1
+    assert count
 
 
 def test_every_counterpart_is_converted():

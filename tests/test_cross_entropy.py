@@ -110,6 +110,13 @@ def test_dimensions(backend, device, shape, reduction):
     check(x, target, reduction=reduction, weight=torch.rand(5, device=device), label_smoothing=0.1)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_classes_in_bytes(backend, device, reduction):
+    x, target = sample(5, 9, device=device)
+    target[2] = 200
+    check(x, target.byte(), reduction=reduction, ignore_index=200)
+
+
 UPSTREAM = {
     "random": torch.randn_like,
     "stride 0": lambda loss: torch.full((), 0.7, device=loss.device).expand(loss.shape),
@@ -179,10 +186,13 @@ def test_an_ignored_row_counts_nowhere(backend, device, value, reduction, smooth
         assert_accurate(a, t, e)
 
 
-# 8200 float32 columns are three steps of a row's program forward.
+# 8200 float32 columns are three steps of a row's program forward, or one step of each of three programs.
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("columns", [slice(0, 4096), slice(0, 4100), slice(4096, None), slice(None, None, 2)])
-def test_blocks_of_minus_infinity(backend, device, columns, smoothing):
+def test_blocks_of_minus_infinity(backend, device, columns, smoothing, split, monkeypatch):
+    if not split:
+        monkeypatch.setattr(kernels.configs, "cross_entropy_splits", lambda tile, blocks, C, _: (1, C))
     x, target = sample(2, 8200, device=device)
     x[0, columns] = -INF
     target[0] = next(i for i in range(8200) if x[0, i] > -INF)

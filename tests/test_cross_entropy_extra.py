@@ -6,6 +6,7 @@ import mmap
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.testing._internal.common_modules import module_db
 
 import dlgpu.functional
 import dlgpu.nn
@@ -204,6 +205,19 @@ def test_the_token_weight_of_an_ignored_row_counts_nowhere(backend, device, valu
 def test_extras_at_class_counts(backend, device, classes, probabilities):
     args, options = inputs_of(EXTRAS["all"], 3, classes, torch.float32, device, probabilities)
     assert_conforms(*(functools.partial(f, **options) for f in (ours, theirs)), args, frozen=[2, 3])
+
+
+@poisoned
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_several_steps_of_a_program(device, probabilities, dtype, monkeypatch):
+    """Forward, where rows are enough that none is split; the largest logits come last, so that each step changes the base."""
+    monkeypatch.setattr(configs, "cross_entropy_splits", lambda tile, blocks, C, multiprocessors: (1, C))
+    args, options = inputs_of(EXTRAS["all"], 3, 20003, dtype, device, probabilities)
+    args = (args[0] + torch.linspace(-6, 6, 20003, device=device).to(dtype), *args[1:])
+    both = [functools.partial(f, **options | {"softcap": 20.0}) for f in (ours, theirs)]
+    with dlgpu.use_backend("triton"):
+        assert_conforms(*both, args, frozen=[2, 3])
 
 
 @poisoned
@@ -678,6 +692,7 @@ X, T, Q = torch.ones(2, 3), torch.tensor([0, 2]), torch.ones(2, 3) / 3
         ),
         ((X, Q[:, :2]), {}, ValueError, r"target has shape \[2, 2\], expected \[2\]"),
         ((X, Q), {"return_accuracy": True}, ValueError, "return_accuracy needs class indices"),
+        ((X, Q), {"ignore_index": 1, "z_loss": 0.1}, RuntimeError, "ignore_index is not supported"),
         ((X, T), {"token_weights": 1.0}, TypeError, "token_weights must be a Tensor, got float"),
         (
             (X, T),
@@ -704,6 +719,16 @@ X, T, Q = torch.ones(2, 3), torch.tensor([0, 2]), torch.ones(2, 3) / 3
 def test_refusals(args, options, error, message):
     with pytest.raises(error, match=f"cross_entropy: {message}"):
         dlgpu.functional.cross_entropy(*args, **options)
+
+
+def test_probabilities_have_no_class_to_ignore(backend, device):
+    """torch refuses one that could be a class, and takes any other, as its default is."""
+    for ignore_index in (0, 2):
+        for function in (dlgpu.functional.cross_entropy, F.cross_entropy):
+            with pytest.raises(RuntimeError, match="ignore_index is not supported for"):
+                function(X.to(device), Q.to(device), ignore_index=ignore_index)
+    check = functools.partial(dlgpu.functional.cross_entropy, X.to(device), Q.to(device))
+    assert_same_bits([check(ignore_index=-1)], [check()])
 
 
 def test_one_place_for_the_gradient():
@@ -751,6 +776,30 @@ def test_the_module(backend, device):
     )
     assert_same_bits(found, expected)
     assert_same_bits([dlgpu.nn.CrossEntropyLoss()(x, target)], [dlgpu.functional.cross_entropy(x, target)])
+
+
+# torch's own module data.
+CROSS_ENTROPY = next(info for info in module_db if info.module_cls is torch.nn.CrossEntropyLoss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_torchs_module_data(dtype):
+    """Every row of torch.testing's module_db: results and gradients."""
+    rows = CROSS_ENTROPY.module_inputs_func(
+        CROSS_ENTROPY, device="cpu", dtype=dtype, requires_grad=True, training=True
+    )
+    assert len(rows) > 50
+    for row in rows:
+        made, given = row.constructor_input, row.forward_input
+        results = []
+        for library, backend in ((dlgpu.nn, "fallback"), (torch.nn, "auto")):
+            module = library.CrossEntropyLoss(*made.args, **made.kwargs)
+            args = [a.detach().clone().requires_grad_(a.requires_grad) for a in given.args]
+            with dlgpu.use_backend(backend):
+                y = module(*args, **given.kwargs)
+                results.append([y, *torch.autograd.grad(y.sum(), [a for a in args if a.requires_grad])])
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, equal_nan=True)
 
 
 def test_explain_names_what_grad_in_forward_runs(device, launches):

@@ -175,6 +175,15 @@ def test_one_relu_after_several_layers():
     assert dead_relu_share(model, [x[:1], x[1]]) == dead_relu_share(model, x)
 
 
+def test_dead_relus_of_batch_norm_are_channels():
+    """Axis 1, of [N, C, L] too."""
+    model = dlgpu.nn.BatchNorm1d(3, activation="relu")
+    with torch.no_grad():
+        model.bias[1] = -100.0
+    for shape in ((8, 3), (8, 3, 5)):
+        assert dead_relu_share(model, torch.randn(shape)).layers == {"(model)": (1, 3)}
+
+
 def test_dead_relu_share_refuses():
     with pytest.raises(ValueError, match="no ReLU was run"):
         dead_relu_share(dlgpu.nn.MLP([2, 3, 1], "tanh"), torch.zeros(4, 2))

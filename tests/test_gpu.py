@@ -244,6 +244,32 @@ def test_a_captured_step_equals_eager_ones(optimizer):
 
 
 @on_gpu
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "nn"])
+def test_a_captured_function_equals_an_eager_one(name):
+    """Forward and backward of every function in a graph, replayed with other numbers than it was captured with."""
+    function, shapes = CALLS[name]
+    leaves = [inputs(*shape, device="cuda").requires_grad_() for shape in shapes]
+
+    def both():
+        y = function(*leaves)
+        return [y, *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        both()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = both()
+    with torch.no_grad():
+        for leaf in leaves:
+            leaf.copy_(inputs(*leaf.shape, device="cuda"))
+    graph.replay()
+    assert_same_bits(found, both())
+
+
+@on_gpu
 def test_each_replay_draws_another_mask():
     x = torch.ones(64, 64, device="cuda")
     functional.dropout(x)

@@ -286,6 +286,7 @@ def test_wrong_results_have_the_status_of_wrong_results():
     assert gpu_run.status_of([row("tests", failed=1), row("error")]) == 3
     assert gpu_run.status_of([row("checker", errors=2)]) == 3
     assert gpu_run.status_of([row("wrong")]) == 3
+    assert gpu_run.status_of([row("tests", failed=0), row("error")]) == 2
 
 
 # The vendor's tools.
@@ -768,6 +769,7 @@ def test_tiles_tuned_before_are_used(tmp_path, monkeypatch):
 
 TESTS_THAT_DIE = """
 import json, os, sys
+assert os.environ["DLGPU_TESTS_SYNC"] == "error"
 log, done = os.environ["DLGPU_TESTS_LOG"], open(os.environ["DLGPU_TESTS_DONE"]).read().split()
 for name, outcome in (("t.py::a", "passed"), ("t.py::b", "failed"), ("t.py::c", "passed")):
     if name in done:

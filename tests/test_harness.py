@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import math
 import os
+import types
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +208,18 @@ def test_when_it_stops():
         assert quiet.noise <= 0.01
     # Whatever the budget, there are enough pairs for an interval.
     assert compare(10.0, 10.0, budget_s=0.1)[0].pairs == harness.Stop.min_pairs
+
+
+def test_warming_up_goes_by_time():
+    calls = []
+    for warmup_s in (0.0, 0.2):
+        machine = Machine(noise=0.0)
+        function = machine.function("a", 0.01)
+        stop = harness.Stop(budget_s=1.0, max_pairs=7, warmup_s=warmup_s)
+        harness.paired(function, function, stop=stop, timer=machine.timer, clock=machine.clock)
+        calls.append(len(machine.calls))
+    # 0.2 s are 20 calls; without any there are 2 of each function.
+    assert calls[1] - calls[0] == pytest.approx(16, abs=2)
 
 
 def test_a_sample_is_long_enough():
@@ -501,6 +514,43 @@ def test_the_graph_timer(gpu):
     assert captured == [timers.GraphTimer.CALLS, 1]
 
 
+def test_caches_are_overwritten_three_times_over(monkeypatch):
+    made, empty, zeros = [], torch.empty, np.zeros
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda: types.SimpleNamespace(L2_cache_size=50 << 20)
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            torch, "empty", lambda n, dtype, device: made.append((n, device)) or empty(8, dtype=dtype)
+        )
+        timers.gpu_flusher()()
+    assert made == [(150 << 20, "cuda")]
+    monkeypatch.setattr(timers, "cpu_cache_bytes", lambda: 1 << 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "zeros", lambda n: made.append(zeros(n)) or made[-1])
+        flush = timers.cpu_flusher()
+    flush()
+    flush()
+    assert made[-1].nbytes == 3 << 20
+    assert (made[-1] == 1).all()
+
+
+@pytest.mark.perf
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_tritons_timer_says_the_same():
+    """A cross-check by a timer that is not ours. It empties the cache too."""
+    from triton.testing import do_bench
+
+    x = torch.randn(1 << 26, device="cuda")
+    y = torch.empty_like(x)
+    timer, _, cache = timers.timer_for("cuda")
+    assert cache == "cold"
+    ours = float(np.median(harness.time_one(lambda: y.copy_(x), timer=timer)))
+    theirs = do_bench(lambda: y.copy_(x), return_mode="median") * 1e-3
+    assert 0.9 < ours / theirs < 1.1
+
+
 def test_which_timer():
     timer, name, cache = timers.timer_for("cpu")
     assert (type(timer), name, cache) == (timers.CpuTimer, "host", "host")
@@ -536,8 +586,15 @@ def test_saved_for_backward():
     assert memory.saved_bytes(lambda: constant + 1) == 0
 
 
-def test_what_a_call_costs_besides():
+def test_peak_memory_is_what_a_call_adds(monkeypatch):
+    known = {"synchronize": None, "memory_allocated": 100, "reset_peak_memory_stats": None}
+    for name, value in (known | {"max_memory_allocated": 350}).items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    assert memory.peak_bytes(lambda: None, "cuda") == 250
     assert memory.peak_bytes(lambda: None, "cpu") is None
+
+
+def test_what_a_call_costs_besides():
     clock, waits = Clock(), []
 
     def function():
@@ -712,6 +769,10 @@ def test_a_rate_above_the_ceiling_is_impossible():
     assert "B/s" in rows[0]["detail"]
     products = {**slow, ceilings.CACHED_COPY: 1e30, ceilings.matmul_name(torch.float32): 1.0}
     assert "FLOP/s" in rows_of(case, eager, best=products)[0]["detail"]
+    # Ours is held to what its kernels must move, the other to the inputs and results alone.
+    rate = {ceilings.COPY: 1e12, ceilings.CACHED_COPY: 1e12}
+    rows = rows_of(case, eager, best=rate, compulsory_bytes=10**12)
+    assert [(row["kind"], row["provider"]) for row in rows] == [("impossible", "ours")]
     # A ceiling that was disturbed is measured again first.
     (row,) = rows_of(case, eager, best=slow, again=lambda: dict.fromkeys(slow, 1e30))
     assert row["kind"] == "timing"

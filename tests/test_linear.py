@@ -2,6 +2,9 @@
 
 import dataclasses
 import itertools
+import subprocess
+import sys
+import types
 
 import hypothesis
 import hypothesis.strategies as st
@@ -10,10 +13,14 @@ import torch
 import torch.nn.functional as F
 
 import dlgpu.functional
+import dlgpu.nn
 from dlgpu.bench import machine_code
 from dlgpu.kernels import _triton, configs, linear
 from dlgpu.kernels.activations import ACTIVATIONS, lookup
 from tolerance import LAYOUTS, PAIRS, assert_accurate, assert_conforms, assert_same_bits, bits, run
+
+# Torch's module data has loaded a profile of its own.
+hypothesis.settings.load_profile("dlgpu")
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -156,6 +163,45 @@ def test_every_tile(monkeypatch, tile, aligned):
     assert_same_bits(linear.linear_dgrad(dz, w, saved, "gelu", 0.0, True), found[2:4])
 
 
+@pytest.mark.parametrize(
+    ("major", "minor", "known"),
+    [(7, 0, 70), (8, 7, 86), (9, 0, 90), (10, 3, 100), (12, 1, 120), (13, 0, 120)],
+)
+def test_a_gpu_between_those_that_have_tiles(monkeypatch, major, minor, known):
+    """B300 is 10.3, GB10 is 12.1, Orin is 8.7."""
+    memory = 160 * 1024
+    gpu = types.SimpleNamespace(
+        major=major, minor=minor, shared_memory_per_block_optin=memory, multi_processor_count=48
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(_triton, "_cuda_limits", _triton._cuda_limits.__wrapped__)
+    capability, *rest = _triton.device_limits(torch.device("cuda", 0))
+    assert (capability, *rest) == (known, memory, 48)
+    # Both look a capability up.
+    configs.linear_tile(capability, memory, torch.bfloat16, 8192, 4096, 512, "gelu", True)
+    configs.gated_tile(capability, memory, torch.bfloat16, 8192, 4096, 512)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("N", [1, 10, 133])
+def test_results_that_no_descriptor_takes(device, N, dtype):
+    """Aligned operands, so TMA loads where there are any, and rows of the result that are no multiples of 16 bytes: the layer
+    before 10 classes. The same where what is saved lies at an odd address."""
+    x, w, b = sample(70, 64, N, dtype, device)
+    with dlgpu.use_backend("triton"):
+        assert_conforms(ours("gelu"), theirs("gelu"), (x, w, b))
+    if _triton.INTERPRETED:
+        plan = linear._plan(x, w.t(), "gelu", True)
+        assert (plan.tile.tma, plan.aligned, plan.aligned_out) == (True, True, False)
+    odd = torch.randn(70 * 64 + 1, dtype=dtype, device=device)[1:].view(70, 64)
+    dz = torch.randn(70, 16, dtype=dtype, device=device)
+    found, expected = (
+        linear.linear_dgrad(dz, x[:16].contiguous(), saved, "gelu", 0.0, True) for saved in (odd, odd.clone())
+    )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_infinite_weight_above(device, dtype):
     """Rows of a tile past the last are 0 times the weight: they stay out of the column sums."""
@@ -174,6 +220,49 @@ def test_depth(backend, device, dtype, K):
     # Gradients of the deepest would be hundreds of tiles.
     frozen = [0, 1] if K > 4096 else []
     assert_conforms(ours("relu"), theirs("relu"), sample(9, K, 16, dtype, device), frozen=frozen)
+
+
+PRECISIONS = """
+import torch
+from dlgpu.kernels import linear
+
+x, w, of = torch.ones(4, 8), torch.ones(8, 8), torch.backends.cuda.matmul
+
+def shown():
+    # Of the products that would be launched now.
+    return linear._plan(x, w.t()).precision
+
+print(shown())
+for where in (of, torch.backends):
+    for value in ("tf32", "ieee", "none"):
+        where.fp32_precision = value
+        print(shown())
+for value in (True, False):
+    of.allow_tf32 = value
+    print(shown())
+for value in ("high", "medium", "highest"):
+    torch.set_float32_matmul_precision(value)
+    print(shown())
+of.allow_tf32 = True
+print(shown(), linear._plan(x.bfloat16(), w.t().bfloat16()).precision)
+"""
+
+
+def test_tf32_is_torchs_to_allow():
+    """By fp32_precision, of CUDA's products or of everything, or by the legacy flags; IEEE unless one does. In another
+    process: torch does not let all of them be put back."""
+    command = [sys.executable, "-c", PRECISIONS]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout.split()
+    new, flag, level = ["tf32", "ieee", "ieee"], ["tf32", "ieee"], ["tf32", "tf32", "ieee"]
+    assert found == ["ieee", *new, *new, *flag, *level, "tf32", "ieee"]
+
+
+def test_the_approximate_tanh_is_for_bf16():
+    """Its 2^-11 is lost in bf16's rounding, and not in fp16's or float32's."""
+    for name in ("tanh", "gelu_tanh"):
+        row = lookup(name)
+        assert row.forward_for(torch.bfloat16) is not row.forward
+        assert row.forward_for(torch.float16) is row.forward_for(torch.float32) is row.forward
 
 
 @pytest.mark.parametrize("activation", [None, "gelu"])
@@ -281,6 +370,28 @@ def test_nothing_needless_runs(backend, device, launches, needs, activation):
             backward = dict(zip(kernel.arg_names, args, strict=False))
             assert (backward["partial_ptr"] is not None) == bool(needs_b)
             assert (backward["dz_ptr"] is not None) == (activation is not None and bool(needs_x or needs_w))
+
+
+@pytest.mark.parametrize(
+    ("activation", "needs", "kept"),
+    [
+        # Of x, w, b, y and what else there is, z. Double backward reads b.
+        (None, (1, 1, 1), "xwb"),
+        (None, (1, 0, 0), "wb"),
+        (None, (0, 0, 1), "wb"),
+        ("relu", (1, 1, 1), "xwby"),
+        ("gelu", (1, 1, 1), "xwbz"),
+        ("gelu", (0, 1, 0), "xwbz"),
+    ],
+)
+def test_what_is_saved(backend, device, launches, activation, needs, kept):
+    launches.dry = True
+    inputs = [t.requires_grad_(bool(n)) for t, n in zip(sample(5, 3, 4, device=device), needs, strict=True)]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = ours(activation)(*inputs)
+    names = {t.data_ptr(): name for name, t in zip("xwby", (*inputs, y), strict=True)}
+    assert sorted(names.get(t.data_ptr(), "z") for t in saved) == sorted(kept)
 
 
 @pytest.mark.parametrize("activation", ["relu", "silu"])
@@ -410,3 +521,30 @@ def test_the_gate_fails_on_a_missing_row(dtype):
 
 def test_bits_tell_the_sign_of_zero():
     assert not torch.equal(bits(torch.tensor(0.0)), bits(torch.tensor(-0.0)))
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [p for p in PAIRS if p[1].itemsize > 2], indirect=["backend"])
+def test_torchs_module_data(backend, device, dtype):
+    """Every row of torch.testing's module_db: parameters of the same seed, results and gradients."""
+    # Imported here: at the top it would change the settings of this file's hypothesis tests.
+    from torch.testing._internal.common_modules import module_db
+
+    info = next(info for info in module_db if info.module_cls is torch.nn.Linear)
+    rows = info.module_inputs_func(info, device=device, dtype=dtype, requires_grad=True, training=True)
+    assert len(rows) >= 3
+    for row in rows:
+        made, given = row.constructor_input, row.forward_input
+        (given,) = (*given.args, *given.kwargs.values())
+        results = []
+        for library in (dlgpu.nn, torch.nn):
+            torch.manual_seed(3)
+            module = library.Linear(*made.args, **made.kwargs).to(device, dtype)
+            x = given.detach().clone().requires_grad_()
+            y = module(x)
+            results.append([y, *torch.autograd.grad(y.sum(), [x, *module.parameters()])])
+            if library is dlgpu.nn and row.reference_fn is not None:
+                with torch.no_grad():
+                    expected = row.reference_fn(module, x)
+                torch.testing.assert_close(y.detach(), expected)
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected)

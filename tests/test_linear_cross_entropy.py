@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 import tracemalloc
+import weakref
 
 import hypothesis
 import hypothesis.strategies as st
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import dlgpu.functional
+from dlgpu.bench.launches import dry_run
 from dlgpu.fallback import linear_cross_entropy as arrays
 from dlgpu.kernels import _triton, configs
 from dlgpu.kernels import linear_cross_entropy as kernels
@@ -22,6 +24,9 @@ from dlgpu.kernels._triton import triton
 from dlgpu.ops import linear_cross_entropy as ops
 from test_dispatch import specialization
 from tolerance import DTYPES, LAYOUTS, PAIRS, assert_accurate, assert_conforms, assert_same_bits, run
+
+# Torch's module data has loaded a profile of its own.
+hypothesis.settings.load_profile("dlgpu")
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -307,6 +312,35 @@ def test_an_ignored_row_counts_nowhere(backend, device, value, form, options):
     assert (found[1][2] == 0).all()
     assert_same_bits([found[0][keep], found[1][keep]], [expected[0][keep], expected[1][keep]])
     assert_same_bits(found[2:], expected[2:])
+
+
+@forms
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_the_token_weight_of_an_ignored_row_counts_nowhere(backend, device, value, form):
+    """Nor in second derivatives, and where torch's own operations stand in for the kernels."""
+    x, w, b, target = sample(5, 3, 70, device=device)
+    u = torch.rand(5, device=device)
+    target[2], u[2] = -100, value
+    zero = torch.where(target == -100, 0.0, u)
+
+    def call(x, w, b, u, **options):
+        return ours(x, w, target, linear_bias=b, token_weights=u, z_loss=0.1, **FORMS[form], **options)
+
+    found, expected = (
+        run(lambda x, w, b, u=u: call(x, w, b, u), [x, w, b], torch.ones_like) for u in (u, zero)
+    )
+    assert_same_bits(found, expected)
+    assert found[0].isfinite()
+    assert (found[1][2] == 0).all()
+    (second,) = torch.autograd.grad(call(x.requires_grad_(), w, b, u), x, create_graph=True)
+    assert second.isfinite().all()
+    eager = [
+        torch.ops.dlgpu.linear_cross_entropy(
+            x, w, target, b, None, u, "mean", -100, 0.0, 0.1, 0.0, 1.0, False, 0, "torch"
+        )[0]
+        for u in (u, zero)
+    ]
+    assert_same_bits(eager[:1], eager[1:])
 
 
 # The interpreter's maximum of nothing but NaN warns.
@@ -645,6 +679,11 @@ def test_another_batch_size_compiles_nothing_new(device, launches, H, V, dtype, 
             assert sorted(step(N) - known) == []
 
 
+def test_classes_in_bytes(backend, device):
+    x, w, b, target = sample(5, 3, 7, device=device)
+    check(x, w, b, target.byte())
+
+
 @pytest.mark.usefixtures("debug_on_gpu")
 @pytest.mark.parametrize("target", [-1, 7, 2**40])
 def test_a_target_out_of_range(backend, device, target):
@@ -756,6 +795,59 @@ def test_the_kernels_store_no_logits(device, training, monkeypatch):
             with Allocations() as fast:
                 step()
             assert fast.largest == N * V * 4
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes of the storages that live at a time, at most, without those of `given`."""
+
+    def __init__(self, *given):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = {t.untyped_storage()._cdata for t in given}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in self.known:
+                storage = t.untyped_storage()
+                self.known.add(storage._cdata)
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
+        return result
+
+    def add(self, nbytes):
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
+
+    def freed(self, storage, nbytes):
+        self.known.remove(storage)
+        self.now -= nbytes
+
+
+def test_memory_at_the_headline_size():
+    """8192 x 128256, 4096 features, bfloat16, by the launchers on meta tensors: lean training takes at most 1.35 GiB with dX
+    and dW, an evaluation some MB, fast training the logits, their gradient and the same."""
+    N, H, V = 8192, 4096, 128256
+    x, w = (torch.empty(n, H, dtype=torch.bfloat16, device="meta").requires_grad_() for n in (N, V))
+    target = torch.empty(N, dtype=torch.int64, device="meta")
+
+    def peak(training, **options):
+        memory = PeakMemory(x, w, target)
+
+        def step():
+            with memory, torch.set_grad_enabled(training):
+                loss = ours(x, w, target, **options)
+                if training:
+                    torch.autograd.grad(loss, (x, w))
+
+        assert dry_run(lambda: step, (90, 227 << 10, 132))
+        assert memory.now == 0
+        return memory.peak
+
+    gradients = 2 * H * (N + V)
+    assert gradients < peak(True, memory_budget=0) <= 1.35 * 2**30
+    assert 2 * 2 * N * V + gradients < peak(True) <= 1.01 * (2 * 2 * N * V + gradients)
+    assert 0 < peak(False) < 8 << 20
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -956,6 +1048,32 @@ def test_the_module_is_torchs():
         assert list(module.state_dict()) == list(theirs.state_dict())
         assert_same_bits(module.state_dict().values(), theirs.state_dict().values())
         module.load_state_dict(theirs.state_dict())
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch's own came with 2.13")
+@pytest.mark.filterwarnings("ignore:linear_cross_entropy")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_torchs_module_data(dtype):
+    """Every row of torch.testing's module_db: results, gradients, parameters of the same seed."""
+    # Imported here: at the top it would change the settings of this file's hypothesis tests.
+    from torch.testing._internal.common_modules import module_db
+
+    info = next(info for info in module_db if info.module_cls is torch.nn.LinearCrossEntropyLoss)
+    rows = info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=True, training=True)
+    assert len(rows) > 50
+    for row in rows:
+        made, given = row.constructor_input, row.forward_input
+        results = []
+        for library, backend in ((dlgpu.nn, "fallback"), (torch.nn, "auto")):
+            torch.manual_seed(3)
+            module = library.LinearCrossEntropyLoss(*made.args, **made.kwargs)
+            args = [a.detach().clone().requires_grad_(a.requires_grad) for a in given.args]
+            wanted = [a for a in (*args, *module.parameters()) if a.requires_grad]
+            with dlgpu.use_backend(backend):
+                y = module(*args, **given.kwargs)
+                results.append([y, *torch.autograd.grad(y.sum(), wanted)])
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, equal_nan=True)
 
 
 def test_a_module_of_more_dimensions():

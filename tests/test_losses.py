@@ -13,6 +13,7 @@ from dlgpu import functional, nn
 from dlgpu.kernels import _triton, configs
 from dlgpu.kernels import losses as kernels
 from dlgpu.kernels.losses import LOSSES
+from dlgpu.ops import losses as ops
 from tolerance import LAYOUTS, PAIRS, assert_accurate, assert_conforms, assert_same_bits, run
 
 pytestmark = [
@@ -565,6 +566,21 @@ def test_a_target_that_is_no_class_is_nan_on_a_gpu(device, columns):
     assert torch.equal(loss.isnan(), bad)
     assert torch.equal(dx.isnan(), bad[:, None].expand(dx.shape))
     assert kernels.multi_margin_fwd(x, target, None, 1, 1.0, "mean").isnan()
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_a_target_that_is_no_class_in_torchs_own_operations(device, p):
+    """The same where they stand in for the kernels, for float64 and for second derivatives."""
+    target = torch.tensor([0, 5, 1, -1, 2], device=device)
+    x = torch.randn(5, 5, dtype=torch.float64, device=device, requires_grad=True)
+    bad = torch.tensor([False, True, False, True, False], device=device)
+    loss = ops._multi_margin_terms(x, target, None, p, 1.0, "none")
+    ones = torch.ones_like(loss)
+    backward = ops._multi_margin_bwd_eager(ones, x, target, None, p, 1.0, "none")
+    for dx in (backward, *torch.autograd.grad(loss, x, ones)):
+        assert torch.equal(dx.isnan().all(1), bad)
+        assert torch.equal(dx.isnan().any(1), bad)
+    assert torch.equal(loss.isnan(), bad)
 
 
 def test_multi_margin_is_twice_differentiable(backend, device):

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import triton.language as tl
 import dlgpu
 from dlgpu.bench import machine_code
 from dlgpu.bench.machine_code import BULK_BITS, CAPABILITIES, MachineCode, compile_for, signature_of
+from dlgpu.kernels import _triton
 
 
 @triton.jit
@@ -184,6 +186,34 @@ def test_opcodes(opcodes, matrix, loads, stores):
     assert list(code.matrix_instructions) == [opcodes[i] for i in matrix]
     assert (code.load_widths, code.store_widths) == (loads, stores)
     assert code.spills == ("STL" in opcodes)
+
+
+def test_what_spilled_is_launched_with_more_registers(monkeypatch):
+    asked = []
+
+    class Kernel:
+        """Spills unless it may take 40 registers."""
+
+        def __getitem__(self, grid):
+            def run(*args, **meta):
+                asked.append(meta.get("maxnreg"))
+                spills = meta["BLOCK"] > 8 and (asked[-1] or 32) < 40
+                return types.SimpleNamespace(n_spills=4 if spills else 0)
+
+            return run
+
+    monkeypatch.setattr(_triton, "_spilled", {})
+    kernel, other = Kernel(), Kernel()
+    for block in (8, 16, 8, 16):
+        _triton._run(kernel, (1,), (), {"BLOCK": block, "num_warps": 8})
+    assert asked == [None, None, None, 255]
+    # Its own register limit stays, and another kernel's launches too.
+    _triton._run(other, (1,), (), {"BLOCK": 16, "maxnreg": 32})
+    _triton._run(other, (1,), (), {"BLOCK": 16, "maxnreg": 32})
+    _triton._run(other, (1,), (), {"BLOCK": 8, "num_warps": 8})
+    assert asked[4:] == [32, 32, None]
+    # A block of 1,024 threads has 64 each.
+    assert [_triton.most_registers(warps) for warps in (1, 8, 16, 32)] == [255, 255, 128, 64]
 
 
 def test_arguments_of_calls_are_no_spills():

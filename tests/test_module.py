@@ -178,6 +178,15 @@ def test_variants_convert_what_they_say():
     assert own.__name__ == "<lambda>"
 
 
+def test_gradients_are_made_anew():
+    """Not added to those of the step before, which takes a pass more."""
+    step = module.Step(subject())
+    step()
+    before = [p.grad for p in step.model.parameters()]
+    step()
+    assert all(p.grad is not old for p, old in zip(step.model.parameters(), before, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_losses_agree_and_what_does_not_is_seen(dtype):
     given = subject().to("cpu", dtype)

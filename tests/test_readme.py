@@ -8,13 +8,16 @@ import json
 import os
 import pkgutil
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 import dlgpu
+from dlgpu.bench.cli import COMMANDS, bench
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -97,6 +100,27 @@ def test_make_targets_exist() -> None:
         ):
             named = re.findall(r"^make ([a-z][\w-]*)", block, re.MULTILINE)
             assert set(named) <= targets, page.name
+
+
+def documented_commands() -> list[str]:
+    """What stands behind `dlgpu-bench`, and in GPU_ARGS="...", in the documents and in the commands' own help."""
+    pages = [page.read_text(encoding="utf-8") for page in (*PAGES, ROOT / "kernels" / "tuned" / "README.md")]
+    found = [c for page in pages for c in re.findall(r"`dlgpu-bench ([^`]+)`", page)]
+    found += [f"gpu {c}" for page in pages for c in re.findall(r'GPU_ARGS="([^"]+)"', page)]
+    for name in COMMANDS:
+        help = bench.get_command(click.Context(bench), name).help or ""
+        found += re.findall(r"^ *dlgpu-bench (.+)$", help, re.MULTILINE)
+    return [c.replace(" [OP...]", "") for c in dict.fromkeys(found) if not c.startswith("COMMAND")]
+
+
+def test_documented_commands_are_understood() -> None:
+    """Their options are there, and take what is given; what running them does is in the tests of each."""
+    commands = documented_commands()
+    for text in commands:
+        name, *arguments = shlex.split(text)
+        assert name in COMMANDS, text
+        bench.get_command(click.Context(bench), name).make_context(name, arguments)
+    assert len(commands) > 15
 
 
 # dlgpu.kernels and dlgpu.bench are symlinks here: imported by these names they would be imported twice.

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import dataclasses
 import errno
 import html.parser
 import io
@@ -12,6 +13,7 @@ import os
 import random
 import re
 import resource
+import stat
 import xml.etree.ElementTree as ET
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -269,6 +271,22 @@ def test_no_disk_at_all_loses_nothing(tmp_path, monkeypatch, capsys):
     assert document["rows"][0]["title"] == "kept"
 
 
+def test_files_are_for_whom_others_are(tmp_path):
+    """As any new file, and README.md for whom it was before."""
+    path, other = tmp_path / "r.json", tmp_path / "other"
+    before = os.umask(0o027)
+    try:
+        report.write_whole(path, "new")
+        other.write_text("")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode == other.stat().st_mode
+    path.chmod(0o604)
+    report.write_whole(path, "again")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o604
+    assert path.read_text() == "again"
+
+
 def test_a_write_that_really_fails_leaves_the_file_as_it_was(tmp_path):
     path = tmp_path / "r.json"
     report.write_whole(path, "whole")
@@ -305,6 +323,13 @@ def test_a_timing_row_is_as_documented(tmp_path):
     row = report.timing_row("ops", Case(), "dlgpu", "eager", "cpu", result, None, flops=3, something_new="x")
     assert row["flops"] == 3
     assert row["compulsory_bytes"] is None
+    assert (row["samples_a_s"], row["samples_b_s"]) == (list(result.samples_a), list(result.samples_b))
+    assert (row["dropped"], row["dropped_samples"], row["clocks"]) == (0, [], None)
+    known = {"dropped": (harness.Dropped(1.0, 2.0, "throttled"),), "clocks_mhz": (1500.0,) * result.pairs}
+    watched = dataclasses.replace(result, **known)
+    more = report.timing_row("ops", Case(), "dlgpu", "eager", "cuda", watched, None)
+    assert more["dropped_samples"] == [{"a_s": 1.0, "b_s": 2.0, "why": "throttled"}]
+    assert (more["dropped"], more["clocks"]) == (1, [1500.0] * result.pairs)
     found = results(tmp_path)
     found.add(row)
     assert report.load(found.json_path)["rows"][0]["something_new"] == "x"

@@ -84,7 +84,7 @@ def assert_accurate(
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor's bits as integers: equal where NaN is."""
-    integer = {8: torch.int64, 4: torch.int32, 2: torch.int16}[tensor.element_size()]
+    integer = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[tensor.element_size()]
     return tensor.detach().contiguous().view(integer)
 
 

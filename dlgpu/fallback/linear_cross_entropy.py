@@ -131,7 +131,8 @@ def linear_cross_entropy_fwd(
         loss += z_loss * lse * lse
     if token_weights is not None:
         loss = loss * token_weights
-        share_of = share_of * token_weights
+        # What stands at an ignored row counts nowhere, NaN included.
+        share_of = share_of * np.where(live, token_weights, 0)
     loss = np.where(live, loss, 0).astype(x.dtype)
     lse = np.where(live, lse, 0).astype(x.dtype)
     right = None

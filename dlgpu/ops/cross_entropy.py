@@ -94,11 +94,12 @@ def cross_entropy(
 
     Args:
         input: logits x, [C], [N, C] or [N, C, d1, ...], float32, bfloat16, float16 or float64.
-        target: class indices, [], [N] or [N, d1, ...], int64; or class probabilities q, of the input's shape and dtype, which
-            get a gradient too: dloss_i / dq_j = u_i (1 - e) w_j (lse - z_j).
+        target: class indices, [], [N] or [N, d1, ...], int64 or uint8; or class probabilities q, of the input's shape and
+            dtype, which get a gradient too: dloss_i / dq_j = u_i (1 - e) w_j (lse - z_j).
         weight: w, [C], of the input's dtype, or None for ones.
         size_average, reduce: torch's deprecated spelling of `reduction`.
-        ignore_index: rows with this target count nowhere: loss, lse and gradient 0. Probabilities have none.
+        ignore_index: rows with this target count nowhere: loss, lse and gradient 0. Probabilities have none, and with them
+            one of 0 or more is refused, as in torch.
         reduction: "none", "mean" or "sum". The mean is the sum over sum_i u_i w_t of the rows that count (NaN if there are
             none), for probabilities over sum_i u_i.
         label_smoothing: e, in [0, 1].
@@ -171,11 +172,17 @@ def cross_entropy(
             label_smoothing=label_smoothing,
         )
     extra = extra or (grad_in_forward and backend == "triton")
+    if target.dtype is torch.uint8:
+        target = target.long()
     if not extra and input.dim() == 2 and target.dim() == 1:
         return _cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing, backend)
     if input.dim() == 0:
         raise RuntimeError("cross_entropy: input has no dimensions, expected [C], [N, C] or [N, C, d1, ...]")
     probabilities = target.is_floating_point() and input.shape == target.shape
+    if probabilities and ignore_index >= 0:
+        raise RuntimeError(
+            f"cross_entropy: ignore_index is not supported for class probabilities, got {ignore_index}"
+        )
     shape = input.shape[:1][:0] if input.dim() == 1 else input.shape[:1] + input.shape[2:]
     if target.shape != shape and not probabilities:
         raise ValueError(

@@ -92,7 +92,8 @@ def linear_cross_entropy(
     Args:
         input: x, [N, in_features] or [in_features], float32, bfloat16, float16 or float64.
         linear_weight: W, [C, in_features], of the same dtype; or [C, d1, ..., in_features], as torch.
-        target: class indices, [N] or [], int64 ([N, d1, ...] for a weight of more dimensions); or class probabilities.
+        target: class indices, [N] or [], int64 or uint8 ([N, d1, ...] for a weight of more dimensions); or class
+            probabilities.
         linear_bias: b, [C] ([C, d1, ...]), of the same dtype, or None.
         weight: w, [C], of the input's dtype, or None for ones.
         reduction: "none", "mean" (over the counted rows' w_t u_i; NaN if there are none) or "sum".
@@ -189,6 +190,8 @@ def linear_cross_entropy(
     if probabilities and ignore_index is not None:
         raise RuntimeError(f"{op}: ignore_index cannot be specified when target contains probabilities")
     ignore_index = -100 if ignore_index is None else ignore_index
+    if target.dtype is torch.uint8:
+        target = target.long()
     if memory_budget is None:
         memory_budget = DEFAULT_MEMORY_BUDGET if options is None else 0
     if outer[0] == 0:
@@ -457,7 +460,9 @@ def _eager_losses(
     classes = torch.where(known, target, 0)
     row_weight = torch.ones_like(z[:, 0]) if weight is None else weight.to(dtype)[classes]
     if token_weights is not None:
-        row_weight = row_weight * token_weights.to(dtype)
+        # What stands at an ignored row counts nowhere, NaN included.
+        token_weights = torch.where(live, token_weights.to(dtype), 0.0)
+        row_weight = row_weight * token_weights
     # An ignored row's logits are not looked at, or its gradient would be NaN where they are.
     counted = torch.where(live[:, None], z, 0.0)
     losses = F.cross_entropy(
@@ -472,7 +477,7 @@ def _eager_losses(
     if z_loss:
         losses = losses + z_loss * torch.logsumexp(counted, 1).square()
     if token_weights is not None:
-        losses = losses * token_weights.to(dtype)
+        losses = losses * token_weights
     losses = losses * torch.where(known, 1.0, torch.where(live, torch.nan, 0.0)).to(dtype)
     if reduction != "none":
         losses = losses.sum()
