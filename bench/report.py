@@ -39,7 +39,7 @@ listed here are allowed, kept and, where they are plain numbers or texts, shown.
               bench/model.py names; MODEL, not a timing
     tests     title: a file of tests; passed, failed, skipped; seconds; failures: [{id, message}]
     checker   title, checker: the vendor's; cases, kernels: those that ran; errors: how many it reports, detail: what
-    tuned     title: a product, its tile, and what that gained; the table is beside the results
+    tuned     title: what was tuned, its tile, and what that gained; the table is beside the results
     achieved  op, options, passes, shape, dtype; seconds a call, launches; compulsory_bytes and requested_bytes by the laws,
               flops, and with that time bytes_per_s, flops_per_s; copy_share, matmul_share: of the ceilings of this run
     counter   op, options, passes, shape, dtype; hardware_bytes: what the GPU's counters say that dlgpu's launches moved from

@@ -61,8 +61,8 @@ MARGIN_S = 5.0
 # A case's timing; verification, compilation and memory come on top.
 CASE_S = 3.0
 TUNE_DTYPES = {"bf16": tune.SHAPES, "fp16": tune.SHAPES[2:3], "fp32": tune.SHAPES[2:4]}
-# Ops for which matrix products are tuned.
-_TUNED = ("linear", "mlp", "gated_linear", "linear_cross_entropy", "training_step")
+# Ops for which tiles are tuned.
+_TUNED = ("linear", "mlp", "gated_linear", "linear_cross_entropy", "training_step", *tune.CASES, "rms_norm")
 # These autotune every product, for a minute perhaps.
 _SLOW = ("compile-max",)
 # In a rehearsal tools see one op.
@@ -454,16 +454,16 @@ def _tune_work(task: Task) -> dict[str, Work]:
     until = time.monotonic() + task.seconds
 
     def work(piece: str) -> Work:
-        _, dtype, shape = piece.split(" ")
+        op, dtype, shape = piece.split(" ") if piece != tune.MEMORY_BOUND else (piece, None, "")
 
         def rows() -> Iterator[Row]:
             card = "rehearsal" if task.rehearse else torch.cuda.get_device_name()
             said: list[str] = []
             options = tune.Options(
-                op="linear",
-                shapes=None if task.rehearse else [tune._shape(shape)],
+                op=_REHEARSED[0] if task.rehearse and not shape else op,
+                shapes=None if task.rehearse or not shape else [tune._shape(shape)],
                 dtype=dtype,
-                activations=[None] if task.rehearse else None,
+                activations=[None] if task.rehearse and shape else None,
                 out=Path(task.out) / f"{tuning.slug(card)}.json",
                 budget=max(1.0, min(_plan_of(task, piece).limit_s, until - time.monotonic()) - 2 * MARGIN_S),
                 rehearse=task.rehearse,
@@ -774,7 +774,9 @@ def plan(stage: str, rehearse: bool = False) -> list[Piece]:
         return [Piece(f"{checker} {name}", 15, float("inf")) for checker in checkers for name in ops]
     if stage == "tune":
         shapes = {"bf16": tune.SHAPES[:1]} if rehearse else TUNE_DTYPES
-        return [Piece(f"linear {dtype} {s}", 20, 90) for dtype, found in shapes.items() for s in found]
+        products = [Piece(f"linear {dtype} {s}", 20, 90) for dtype, found in shapes.items() for s in found]
+        # Most of it is compiled beside one another; a tile is measured in a second.
+        return [*products, Piece(tune.MEMORY_BOUND, 15, 120)]
     if stage == "bench":
         cases = [Piece(b.id, 20 if b.slow else 8, 150 if b.slow else 75) for b in _benches(rehearse)]
         return [Piece(_CEILINGS, 12, 60, again=True), Piece(_ABSENT, 1, 30), *cases]

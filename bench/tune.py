@@ -1,16 +1,18 @@
-"""Measures the tiles of the linear products on this GPU and writes a table for kernels/tuned/.
+"""Measures the tiles of the linear products and of memory-bound kernels on this GPU and writes a table for kernels/tuned/.
 
 Tuning a product by itself misleads: what it leaves in the caches is another's start. So a layer's products are chosen one
-after the other, each by the time of forward and backward together. Before anything is measured, processes of their own
-compile every candidate, which needs no GPU: what spills registers or takes too much shared memory drops out, and Triton's
-cache holds the rest.
+after the other, each by the time of forward and backward together; so are the kernels of other ops. Before anything is
+measured, processes of their own compile every candidate, which needs no GPU: what spills registers or takes too much shared
+memory drops out, and Triton's cache holds the rest.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import json
+import math
 import os
 import subprocess
 import sys
@@ -25,13 +27,18 @@ from unittest import mock
 import click
 import torch
 
+import dlgpu
 from dlgpu.kernels import _triton, configs, linear, tuning
 from dlgpu.kernels.activations import ACTIVATIONS, lookup, saved_for_backward
 
+from .cases import OPS, STEP
+from .cases._base import Bound
 from .cli import Amount
 from .environment import PACKAGE, UsageError, choose_device, cores, describe, find_gpu
+from .launches import Launched, Limits, dry_run
+from .measure import Case
 
-__all__ = ["Layer", "command", "prune", "tune_linear"]
+__all__ = ["CASES", "Layer", "command", "prune", "prune_rules", "tune_linear", "tune_rules"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # M x N x K: large to small depth, and a layer of an MLP of width 1024.
@@ -43,6 +50,23 @@ SHAPES = (
     "65536x1024x256",
     "16384x1024x1024",
 )
+# Memory-bound ops, and the shapes and options at which the tiles of their kernels are measured. Rows are no part of a key:
+# there are so many that a call takes a few hundred microseconds, in which the host has launched all of it. An optimizer has
+# fewer parameters than elsewhere: it keeps its first step's layout, so that each tile has parameters and states of its own.
+CASES: Mapping[str, Sequence[tuple[str | Mapping[str, int], Mapping[str, Any]]]] = {
+    "cross_entropy": [
+        (shape, options)
+        for options in ({}, {"grad_in_forward": True})
+        for shape in ({"N": 2048, "V": 128256}, "h200-llama2")
+    ],
+    "softmax": [("h200-llama2", {})],
+    "layer_norm": [({"M": 32768, "N": 4096}, {}), ({"M": 8192, "N": 16384}, {})],
+    "adam": [({"n": 1 << 26, "tensors": 1}, {})],
+    "mse_loss": [("h200-large", {})],
+    "activation": [("h200-ffn", {})],
+}
+# All of them at once.
+MEMORY_BOUND = "memory-bound"
 BUDGET_S = 480.0
 # A product is about a third of the time that is scored.
 JOINT_GAIN = tuning.GAIN / 4
@@ -110,17 +134,17 @@ def _calls(layer: Layer, device: torch.device) -> Iterator[tuple[str, Call]]:
         yield "alone", lambda: linear.linear_dgrad(dy, w, beneath, act, SLOPE, True)
 
 
-class _Asked(dict[tuning.LinearKey, tuning.Tile]):
-    """No tiles, and a note of whose was asked for."""
+class _Asked(dict[Any, Any]):
+    """Tiles, none at first, and a note of whose was asked for."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.keys_asked: list[tuning.LinearKey] = []
+    def __init__(self, tiles: Mapping[Any, Any] = {}) -> None:
+        super().__init__(tiles)
+        self.keys_asked: list[Any] = []
 
     def get(self, key: Any, default: Any = None) -> Any:
         if key not in self.keys_asked:
             self.keys_asked.append(key)
-        return default
+        return super().get(key, default)
 
 
 def _keys(call: Call, where: tuning.Table) -> list[tuning.LinearKey]:
@@ -157,11 +181,7 @@ def tune_linear(
     """Measures the products of some layers and writes the table as each is chosen; what `out` holds of this card already
     stays and is not measured again. Gives the number of products left for another run."""
     start = time.monotonic()
-    tiles = tuning.read(out, where.card, where.limits)
-    entries = [tuning.entry(key, tile) for key, tile in tiles.items()]
-    if tiles:
-        say(f"{len(tiles)} products are in {out.name} already")
-        entries = [value for value in json.loads(out.read_bytes())["entries"] if _key(value, where) in tiles]
+    tiles, entries = _earlier(out, where, say)
     wanted: dict[tuning.LinearKey, None] = {}
     for layer in layers:
         for _, call in _calls(layer, where.device):
@@ -198,7 +218,114 @@ def tune_linear(
     return sum(key not in tiles for key in wanted)
 
 
-def _key(value: Any, where: tuning.Table) -> tuning.LinearKey | None:
+def _earlier(
+    out: Path, where: tuning.Table, say: Say
+) -> tuple[dict[tuning.Key, tuning.Tile], list[dict[str, Any]]]:
+    """The tiles and the entries that are there and of use."""
+    tiles = tuning.read(out, where.card, where.limits)
+    if not tiles:
+        return {}, []
+    say(f"{len(tiles)} tiles are in {out.name} already")
+    return tiles, [value for value in json.loads(out.read_bytes())["entries"] if _key(value, where) in tiles]
+
+
+@contextlib.contextmanager
+def _in_use(where: tuning.Table, tiles: Mapping[Any, Any]) -> Iterator[_Asked]:
+    """Within the block these tiles are those of `where`'s device, in every thread, of which autograd's backward has its own; a
+    note of what was asked for."""
+    asked = _Asked(tiles)
+    table = dataclasses.replace(where, tiles=asked)
+    with mock.patch.dict(tuning._tables, {where.device: table}), dlgpu.use_backend("triton"):
+        yield asked
+
+
+def _rules_asked(case: Case, limits: Limits) -> list[tuning.RuleKey]:
+    """The rules that a case's launches ask for their tiles, in order, without launching anything."""
+    meta = tuning.Table("", limits, torch.device("meta"))
+    with _in_use(meta, {}) as asked:
+        dry_run(case.without_memory("dlgpu"), limits)
+    # What `dry_run` binds asks too, and an optimizer lays out its tensors at the first step.
+    return [key for key in asked.keys_asked if isinstance(key, tuning.RuleKey)]
+
+
+def _trial(
+    case: Case,
+    key: tuning.RuleKey,
+    where: tuning.Table,
+    tiles: Mapping[Any, Any],
+    calls: dict[tuning.Tile | None, Bound],
+    asked: set[Any],
+) -> tuning.Run:
+    """A case's call as a function of the tile of a key, with other tiles as they are; adds to `calls` what is called, and to
+    `asked` what it asked for."""
+
+    def run(tile: tuning.Tile) -> Sequence[torch.Tensor | None]:
+        with _in_use(where, {**tiles, key: tile}) as noted:
+            # An optimizer keeps its first step's layout, and with it the tile.
+            which = tile if case.passes == STEP else None
+            if which not in calls:
+                calls[which] = case.bind(case.described.functions["dlgpu"], 0)
+            results = [t.detach() for t in calls[which]()]
+        asked.update(noted.keys_asked)
+        return results
+
+    return run
+
+
+def tune_rules(
+    cases: Sequence[Case],
+    where: tuning.Table,
+    timer: tuning.Timer,
+    out: Path,
+    about: Mapping[str, str],
+    *,
+    settings: Settings = Settings(),
+    budget_s: float = BUDGET_S,
+    say: Say = print,
+) -> int:
+    """`tune_linear` for the memory-bound kernels of some cases, each tile chosen by the time of the whole call. Gives the
+    number of tiles left for another run."""
+    start = time.monotonic()
+    tiles, entries = _earlier(out, where, say)
+    todo: dict[tuning.RuleKey, tuple[Case, Sequence[tuning.Tile]]] = {}
+    for case in cases:
+        for key in _rules_asked(case, where.limits):
+            if key not in tiles:
+                todo.setdefault(key, (case, tuning.candidates(where.limits, key)[: settings.candidates]))
+    say(f"compiling {sum(len(found) for _, found in todo.values())} candidates of {len(todo)} tiles")
+    dropped = prune_rules(todo, where.limits, budget_s / 2)
+    say(f"{len(dropped)} spill registers or take too much shared memory")
+    for case in cases:
+        step = case.passes == STEP
+        calls: dict[tuning.Tile | None, Bound] = {}
+        for key in [key for key, (own, _) in todo.items() if own is case]:
+            if time.monotonic() - start > budget_s:
+                break
+            found = todo[key][1]
+            asked: set[Any] = set()
+            choice = tuning.choose(
+                _trial(case, key, where, tiles, calls, asked),
+                [tile for i, tile in enumerate(found) if i == 0 or (key, tile) not in dropped],
+                timer,
+                gain=settings.gain if step else settings.joint_gain,
+                rounds=settings.rounds if step else settings.joint_rounds,
+                screening=settings.screening,
+                finalists=settings.finalists,
+                refined=0,
+            )
+            if key not in asked:
+                raise RuntimeError(f"{case.title} did not ask for {key.rule}")
+            if step:
+                calls.clear()
+            tiles[key] = choice.tile
+            entries.append(tuning.entry(key, choice.tile, choice, case.passes))
+            tuning.write(out, tuning.document(where.card, where.limits[0], entries, **about))
+            arguments = ", ".join(str(a).removeprefix("torch.") for a in key.arguments)
+            say(f"{key.rule}({arguments}): {choice.tile}; {_times(choice, case.passes)}")
+    return sum(key not in tiles for key in todo)
+
+
+def _key(value: Any, where: tuning.Table) -> tuning.Key | None:
     try:
         return tuning.parse(value, where.limits)[0]
     except tuning.BadError:
@@ -211,14 +338,16 @@ def _line(key: tuning.LinearKey, found: tuning.Choice, scored: str) -> str:
     layout = f"{'T' if key.a_t else 'N'}{'T' if key.b_t else 'N'}"
     tile = found.tile
     what = (
-        "cuBLAS"
-        if isinstance(tile, configs.CuBlas)
-        else f"{tile.block_m}x{tile.block_n}x{tile.block_k}, {tile.num_warps} warps, {tile.num_stages} stages"
+        f"{tile.block_m}x{tile.block_n}x{tile.block_k}, {tile.num_warps} warps, {tile.num_stages} stages"
+        if isinstance(tile, configs.MatmulTile)
+        else "cuBLAS"
     )
-    return (
-        f"{key.M}x{key.N}x{key.K} {layout} {kind}{' with z' if key.saves_z else ''}: {what}; "
-        f"{1e6 * found.best_s[1]:.1f} us {scored}, {found.ratio:.3f} of the default's {1e6 * found.default_s[1]:.1f}"
-    )
+    z = " with z" if key.saves_z else ""
+    return f"{key.M}x{key.N}x{key.K} {layout} {kind}{z}: {what}; {_times(found, scored)}"
+
+
+def _times(found: tuning.Choice, scored: str) -> str:
+    return f"{1e6 * found.best_s[1]:.1f} us {scored}, {found.ratio:.3f} of the default's {1e6 * found.default_s[1]:.1f}"
 
 
 def prune(
@@ -234,33 +363,57 @@ def prune(
     for key, tile in tasks:
         same = key if key.split or not tile.tma else key._replace(M=0, N=0, K=0)
         groups.setdefault((same, dataclasses.replace(tile, reason="")), []).append((key, tile))
-    first = [members[0] for members in groups.values()]
-    # Starting a process takes as long as a few compilations.
-    count = max(1, min(workers, cores(), -(-len(first) // 12)))
     found: Pruned = set()
-    answers: list[dict[int, bool]] = [{} for _ in range(count)]
+    members = list(groups.values())
+    for i in _bad([{"entry": tuning.entry(*same[0])} for same in members], limits, workers, 12):
+        found |= set(members[i])
+    return found
+
+
+def prune_rules(
+    todo: Mapping[tuning.RuleKey, tuple[Case, Sequence[tuning.Tile]]],
+    limits: Sequence[int],
+    timeout_s: float = COMPILE_TIMEOUT_S,
+    workers: int = WORKERS,
+) -> set[tuple[tuning.RuleKey, tuning.Tile]]:
+    """`prune` for the kernels of a case. configs.py's own choices, the first, are not looked at."""
+    tasks, lines = [], []
+    for key, (case, tiles) in todo.items():
+        about = {name: getattr(case, name) for name in ("op", "shape", "passes", "options")}
+        about["dtype"] = case.dtype_name
+        tasks += [(key, tile) for tile in tiles[1:]]
+        lines += [{"entry": tuning.entry(key, tile), "case": about} for tile in tiles[1:]]
+    return {tasks[i] for i in _bad(lines, limits, workers, 4, min(timeout_s, COMPILE_TIMEOUT_S))}
+
+
+def _bad(
+    tasks: Sequence[Mapping[str, Any]],
+    limits: Sequence[int],
+    workers: int,
+    each: int,
+    timeout_s: float = COMPILE_TIMEOUT_S,
+) -> list[int]:
+    """The numbers of the tasks that are not worth measuring.
+
+    Args:
+        each: that many tasks at least a process: starting one takes as long as a few compilations.
+    """
+    count = max(1, min(workers, cores(), -(-len(tasks) // each)))
+    answers: dict[int, bool] = {}
+    numbered = [{"i": i, **task} for i, task in enumerate(tasks)]
     threads = [
-        threading.Thread(
-            target=_worker, args=([(i, *first[i]) for i in range(w, len(first), count)], limits, answers[w])
-        )
-        for w in range(count)
+        threading.Thread(target=_worker, args=(numbered[first::count], limits, answers, timeout_s))
+        for first in range(count)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    members = list(groups.values())
-    for answer in answers:
-        for i, good in answer.items():
-            if not good:
-                found |= set(members[i])
-    return found
+    return [i for i, good in answers.items() if not good]
 
 
 def _worker(
-    tasks: Sequence[tuple[int, tuning.LinearKey, tuning.Tile]],
-    limits: Sequence[int],
-    answers: dict[int, bool],
+    tasks: Sequence[Mapping[str, Any]], limits: Sequence[int], answers: dict[int, bool], timeout_s: float
 ) -> None:
     """Has a process look at some candidates; answers: number -> whether it is worth measuring."""
     if not tasks:
@@ -268,7 +421,7 @@ def _worker(
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     path = [p for p in (environment.get("PYTHONPATH"), str(PACKAGE.parent)) if p]
     environment |= {"PYTHONPATH": os.pathsep.join(path), "CUDA_VISIBLE_DEVICES": "", "DLGPU_TUNE": "0"}
-    lines = [json.dumps({"i": i, "entry": tuning.entry(key, tile)}) for i, key, tile in tasks]
+    lines = map(json.dumps, tasks)
     try:
         done = subprocess.run(
             [sys.executable, "-m", "dlgpu.bench.tune", *map(str, limits)],
@@ -276,7 +429,7 @@ def _worker(
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            timeout=COMPILE_TIMEOUT_S,
+            timeout=timeout_s,
             env=environment,
             check=False,
         )
@@ -350,16 +503,59 @@ def examine(key: tuning.LinearKey, tile: tuning.Tile, limits: Sequence[int]) -> 
     return not code.spills and code.shared_bytes <= limits[1]
 
 
+def examine_rule(case: Case, key: tuning.RuleKey, tile: tuning.Tile, limits: Limits) -> bool:
+    """Whether the kernels that a case launches otherwise with a tile spill nothing and fit; as `examine`."""
+    from triton.runtime.driver import driver
+
+    from . import machine_code
+
+    where = tuning.Table("", limits, torch.device("meta"))
+    seen: set[str] = set()
+    good = True
+
+    def new(launch: Launched) -> bool:
+        # Now, while meta tensors have addresses: their alignment is part of what is compiled.
+        name = repr((launch.kernel, machine_code.signature_of(launch.kernel, launch.args), launch.options))
+        first = name not in seen
+        seen.add(name)
+        return first
+
+    def compiled(launch: Launched) -> None:
+        nonlocal good
+        if good and new(launch):
+            found = launch.kernel.warmup(
+                grid=launch.grid, **{"enable_fp_fusion": True, **launch.args, **launch.options}
+            )
+            code = machine_code.read(found, limits[0])
+            good = not code.spills and code.shared_bytes <= limits[1]
+
+    driver.set_active(_Driver(limits[0]))
+    for tiles, spy in (({}, new), ({key: tile}, compiled)):
+        with _in_use(where, tiles):
+            dry_run(case.without_memory("dlgpu"), limits, warm=case.passes == STEP, spy=spy)
+    return good
+
+
+def _good(task: Mapping[str, Any], limits: Limits) -> bool:
+    key, tile = tuning.parse(task["entry"], limits)
+    if isinstance(key, tuning.LinearKey):
+        return examine(key, tile, limits)
+    about = {**task["case"]}
+    about |= {"described": OPS[about.pop("op")], "dtype": getattr(torch, about["dtype"])}
+    return examine_rule(Case(**about), key, tile, limits)
+
+
 def main(arguments: Sequence[str]) -> None:
     """The process that `prune` starts: candidates on standard input, one a line, answers on standard output."""
-    limits = [int(argument) for argument in arguments]
+    capability, shared_memory, multiprocessors = map(int, arguments)
+    limits = (capability, shared_memory, multiprocessors)
     # Compilers print, too.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
         task = json.loads(line)
         try:
-            good = examine(*tuning.parse(task["entry"], limits), limits)
+            good = _good(task, limits)
         except Exception:
             # What does not compile is not worth a GPU's time.
             good = False
@@ -403,7 +599,7 @@ class Options:
 
     op: str
     shapes: list[tuple[int, int, int]] | None
-    dtype: str
+    dtype: str | None
     activations: list[str | None] | None
     out: Path | None
     budget: float
@@ -411,10 +607,10 @@ class Options:
 
 
 @click.command("tune")
-@click.argument("op", type=click.Choice(("linear",)))
-@click.option("--shapes", type=_List("MxNxK,...", _shape), help=f"Default: {','.join(SHAPES)}.")
-@click.option("--dtype", type=click.Choice(tuple(DTYPES)), default="bf16", show_default=True)
-@click.option("--activations", type=_List("NAME,...", _activation), help="Default: relu,gelu.")
+@click.argument("op", type=click.Choice(("linear", *CASES, MEMORY_BOUND)))
+@click.option("--shapes", type=_List("MxNxK,...", _shape), help=f"Of linear; default: {','.join(SHAPES)}.")
+@click.option("--dtype", type=click.Choice(tuple(DTYPES)), help="Default: bf16, of adam fp32.")
+@click.option("--activations", type=_List("NAME,...", _activation), help="Of linear; default: relu,gelu.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -432,11 +628,11 @@ class Options:
 @click.option(
     "--rehearse",
     is_flag=True,
-    help="Without a GPU: the same code on tiny layers, interpreted, two tiles a product; its table is of no use.",
+    help="Without a GPU: the same code at tiny sizes, interpreted, two tiles each; its table is of no use.",
 )
 def command(**options: Any) -> int:
-    """Measures the tiles there are for a layer's products on this NVIDIA GPU, and writes a table of the fastest, which goes
-    into kernels/tuned/."""
+    """Measures the tiles there are for the kernels of an op, such as a layer's products, on this NVIDIA GPU, and writes a
+    table of the fastest, which goes into kernels/tuned/. `memory-bound` is all ops but linear."""
     return tune(Options(**options))
 
 
@@ -444,8 +640,10 @@ def tune(options: Options, say: Say = print) -> int:
     """Runs `tune`; gives the exit status.
 
     Raises:
-        UsageError: no usable GPU, or the table cannot be written.
+        UsageError: no usable GPU, or the table cannot be written, or an option is another op's.
     """
+    if options.op != "linear" and (options.shapes or options.activations):
+        raise UsageError("tune: --shapes and --activations are for linear")
     if options.rehearse:
         return _rehearse(options, say)
     gpu = find_gpu()
@@ -457,10 +655,8 @@ def tune(options: Options, say: Say = print) -> int:
     where = _this_card()
     about = _about(describe(device, why, gpu))
     out = options.out or Path("bench-results") / f"{tuning.slug(where.card)}.json"
-    shapes = options.shapes or [_shape(text) for text in SHAPES]
-    return _run(
-        options, shapes, where, tuning.EventTimer(where.device), out, about, say, Settings(), options.budget
-    )
+    timer = tuning.EventTimer(where.device)
+    return _run(options, where, timer, out, about, say, Settings(), options.budget)
 
 
 def _this_card() -> tuning.Table:
@@ -482,7 +678,6 @@ def _about(environment: Mapping[str, Any]) -> dict[str, str]:
 
 def _run(
     options: Options,
-    shapes: Sequence[tuple[int, int, int]],
     where: tuning.Table,
     timer: tuning.Timer,
     out: Path,
@@ -491,22 +686,53 @@ def _run(
     settings: Settings,
     budget_s: float,
 ) -> int:
-    activations = options.activations or (["gelu"] if options.rehearse else ["relu", "gelu"])
-    dtype = DTYPES[options.dtype]
-    layers = [Layer(*shape, activation, dtype) for shape in shapes for activation in activations]
+    measured: dict[str, Any] = {"settings": settings, "budget_s": budget_s, "say": say}
     try:
-        left = tune_linear(layers, where, timer, out, about, settings=settings, budget_s=budget_s, say=say)
+        if options.op == "linear":
+            left = tune_linear(_layers(options), where, timer, out, about, **measured)
+        else:
+            left = tune_rules(_cases(options), where, timer, out, about, **measured)
     except OSError as error:
         raise UsageError(f"tune: cannot write {out} ({error.strerror})") from error
-    say(f"{out}: " + (f"{left} products are left for another run" if left else "complete"))
+    say(f"{out}: " + (f"{left} tiles are left for another run" if left else "complete"))
     return 0
+
+
+def _dtype(options: Options, op: str) -> torch.dtype:
+    return DTYPES[options.dtype or ("fp32" if op == "adam" else "bf16")]
+
+
+def _layers(options: Options) -> list[Layer]:
+    shapes, activations = [_shape(text) for text in SHAPES], ["relu", "gelu"]
+    if options.rehearse:
+        shapes, activations = [(24, 16, 40)], ["gelu"]
+    return [
+        Layer(*shape, activation, _dtype(options, "linear"))
+        for shape in options.shapes or shapes
+        for activation in options.activations or activations
+    ]
+
+
+def _cases(options: Options) -> list[Case]:
+    found = []
+    for name in CASES if options.op == MEMORY_BOUND else (options.op,):
+        op, dtype = OPS[name], _dtype(options, name)
+        shapes = [(op.shapes[s] if isinstance(s, str) else s, given) for s, given in CASES[name]]
+        if options.rehearse:
+            from .laws import PROBES
+
+            probes = (*PROBES[name].fit, *PROBES[name].held_out)
+            shapes = [(min((p.shape for p in probes), key=lambda shape: math.prod(shape.values())), {})]
+        device = "cpu" if options.rehearse else "cuda"
+        found += [Case(op, shape, op.passes[-1], dtype, given, device) for shape, given in shapes]
+    return found
 
 
 def _rehearse(options: Options, say: Say) -> int:
     if not _triton.INTERPRETED:
         # The choice is made when kernels are defined: a process of its own.
         arguments = [sys.executable, "-m", "dlgpu.bench", "tune", options.op, "--rehearse"]
-        arguments += ["--dtype", options.dtype]
+        arguments += [] if options.dtype is None else ["--dtype", options.dtype]
         arguments += [] if options.out is None else ["--out", str(options.out)]
         if options.shapes:
             arguments += ["--shapes", ",".join("x".join(map(str, shape)) for shape in options.shapes)]
@@ -525,9 +751,7 @@ def _rehearse(options: Options, say: Say) -> int:
     about = _about(describe("cpu", "a rehearsal", None))
     with tempfile.TemporaryDirectory() as folder:
         out = options.out or Path(folder) / "rehearsal.json"
-        status = _run(
-            options, options.shapes or [(24, 16, 40)], where, timer, out, about, say, REHEARSAL, 600.0
-        )
+        status = _run(options, where, timer, out, about, say, REHEARSAL, 600.0)
         if not tuning.read(out, where.card, where.limits):
             raise RuntimeError("the rehearsal's table cannot be read")
     return status

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from . import configs
+from . import configs, tuning
 from ._triton import INTERPRET, _cast, launch, tl, triton
 
 __all__ = ["ACTIVATIONS", "Activation", "activation_bwd", "activation_fwd", "lookup", "saved_for_backward"]
@@ -515,7 +515,7 @@ def activation_fwd(x: torch.Tensor, activation: str, negative_slope: float) -> t
     """act(x) elementwise, any shape; the result is contiguous."""
     x = x.contiguous()
     y = torch.empty_like(x)
-    tile = configs.activation_tile(x.dtype)
+    tile = tuning.tile(x.device, configs.activation_tile, x.dtype)
     launch(
         _activation_fwd_kernel,
         (triton.cdiv(x.numel(), tile.block),),
@@ -537,7 +537,7 @@ def activation_bwd(
     """dy * act'(.) elementwise; saved is y or z, as `saved_for_backward` says."""
     dy, saved = dy.contiguous(), saved.contiguous()
     dx = torch.empty_like(dy)
-    tile = configs.activation_tile(dy.dtype)
+    tile = tuning.tile(dy.device, configs.activation_tile, dy.dtype)
     launch(
         _activation_bwd_kernel,
         (triton.cdiv(dy.numel(), tile.block),),

@@ -2,13 +2,14 @@
 
 No number here was tuned on a GPU yet. They come from the machine code: tiles that compile with no spilled register, and with
 shared memory within the limit, on capabilities 7.5, 8.0, 8.6, 8.9, 9.0, 10.0 and 12.0. `make test` checks both for chosen
-entries, `make sweep` for each that can be reached. Tables measured on a card (tuned/) come before the linear products' tiles.
+entries, `make sweep` for each that can be reached. Tables measured on a card (tuned/) come first, through tuning.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import torch
 
@@ -29,6 +30,7 @@ __all__ = [
     "dropout_tile",
     "gated_bwd_tile",
     "gated_tile",
+    "layer_norm_bwd_strips",
     "layer_norm_bwd_tile",
     "layer_norm_means_block",
     "layer_norm_tile",
@@ -51,6 +53,7 @@ __all__ = [
     "softmax_tile",
     "sum_tile",
     "tiled_capability",
+    "variants",
 ]
 
 VECTOR_BYTES = 16  # the widest load: 128 bits
@@ -92,7 +95,17 @@ def _power_of_2(n: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class StripTile:
+class _Tile:
+    """What a memory-bound kernel takes at once, and where it was measured, if it was."""
+
+    reason: str = dataclasses.field(default="", kw_only=True, repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return f"{self!r}, {self.reason}" if self.reason else repr(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class StripTile(_Tile):
     """Strips of rows x columns that one program walks down, block_m rows at a time."""
 
     rows: int
@@ -541,7 +554,7 @@ def gated_bwd_tile(dtype: torch.dtype, N: int) -> StripTile:
 
 
 @dataclasses.dataclass(frozen=True)
-class FlatTile:
+class FlatTile(_Tile):
     """Elements a program of a pointwise kernel, and elements a 128-bit vector."""
 
     block: int
@@ -556,7 +569,7 @@ def activation_tile(dtype: torch.dtype) -> FlatTile:
 
 
 @dataclasses.dataclass(frozen=True)
-class RowTile:
+class RowTile(_Tile):
     """Rows x lanes x vector of a row reduction: each lane folds its own vectors, lanes meet once at the end of the row."""
 
     block_m: int
@@ -719,23 +732,22 @@ def layer_norm_tile(dtype: torch.dtype, C: int) -> StripTile:
     return StripTile(block_m, block_m, width, min(max(block_m * width // 512, 1), 32))
 
 
-def layer_norm_bwd_tile(
-    capability: int, dtype: torch.dtype, C: int, N: int, multiprocessors: int, sums: bool
-) -> StripTile:
-    """Strips of rows of layer norm backward. 8 elements a thread, for three operands and two sums of each stay in registers;
-    a row of more than 8192 (4096 of 16 bits on capability 12.0, where it spills) is cut into blocks of columns. Strips of 16
-    rows at least, so that partial sums, if any, add at most a sixth to a 16-bit pass; else as many as give each
-    multiprocessor 1024 threads."""
+def layer_norm_bwd_tile(capability: int, dtype: torch.dtype, C: int) -> StripTile:
+    """Rows of layer norm backward. 8 elements a thread, for three operands and two sums of each stay in registers; a row of
+    more than 8192 (4096 of 16 bits on capability 12.0, where it spills) is cut into blocks of columns."""
     width = _power_of_2(C)
     if width > (4096 if capability == 120 and dtype is not torch.float32 else 8192):
         width = 2048
     block_m = min(max(2048 // width, 1), 64)
-    num_warps = min(max(block_m * width // 256, 1), 32)
-    rows = block_m
-    if sums:
-        programs = max(multiprocessors * 32 // num_warps // -(-C // width), 1)
-        rows = -(-max(-(-N // programs), 16) // block_m) * block_m
-    return StripTile(rows, block_m, width, num_warps)
+    return StripTile(block_m, block_m, width, min(max(block_m * width // 256, 1), 32))
+
+
+def layer_norm_bwd_strips(tile: StripTile, C: int, N: int, multiprocessors: int) -> StripTile:
+    """`layer_norm_bwd_tile`'s, in longer strips, each of which leaves partial sums: of 16 rows at least, so that those add at
+    most a sixth to a 16-bit pass; else as many as give each multiprocessor 1024 threads."""
+    programs = max(multiprocessors * 32 // tile.num_warps // -(-C // tile.block_n), 1)
+    rows = -(-max(-(-N // programs), 16) // tile.block_m) * tile.block_m
+    return dataclasses.replace(tile, rows=rows)
 
 
 def layer_norm_means_block(num_warps: int) -> int:
@@ -813,3 +825,30 @@ def multi_margin_tile(dtype: torch.dtype, C: int) -> StripTile:
         return StripTile(1, 1, 4096, 8)
     block_m = max(1, min(2048 // width, 128))
     return StripTile(block_m, block_m, width, max(4, block_m * width // 512 // 2))
+
+
+def _row_width(tile: RowTile | StripTile) -> int:
+    return tile.lanes * tile.vector if isinstance(tile, RowTile) else tile.block_n
+
+
+def variants(tile: Any, C: int | None = None) -> tuple[Any, ...]:
+    """The FlatTile, RowTile or StripTile that a rule above chose, then those with half or twice its elements, its warps, or
+    both, but no more than twice its elements a thread: what a measured table may hold in its place. Rows of C columns that a
+    program holds whole are taken fewer or more at a time; those that go by steps keep to steps shorter than they are, since
+    kernels are compiled for either."""
+    if isinstance(tile, FlatTile):
+        names = ["block"]
+    elif _row_width(tile) >= (C or 0):
+        names = ["block_m", "rows"] if isinstance(tile, StripTile) else ["block_m"]
+    else:
+        names = ["lanes"] if isinstance(tile, RowTile) else ["block_n"]
+    found = []
+    for times, over in ((1, 1), (1, 2), (2, 1)):
+        sizes = {name: getattr(tile, name) * times // over for name in names}
+        other = dataclasses.replace(tile, **sizes)
+        if not all(sizes.values()) or (C and (_row_width(other) >= C) != (_row_width(tile) >= C)):
+            continue
+        for num_warps in (tile.num_warps, tile.num_warps // 2, 2 * tile.num_warps):
+            if 1 <= num_warps <= 32 and times * tile.num_warps <= 2 * over * num_warps:
+                found.append(dataclasses.replace(other, num_warps=num_warps))
+    return tuple(found)

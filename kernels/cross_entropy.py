@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import configs
+from . import configs, tuning
 from ._triton import _cast, device_limits, launch, tl, triton
 from .activations import _tanh_fwd
 
@@ -799,7 +799,7 @@ def cross_entropy_extra_fwd(
     stats = rows(3 if probabilities else 2)
     lse = rows() if return_lse else None
     correct = rows() if return_accuracy else None
-    tile = configs.cross_entropy_tile(x.dtype, C, 2 if probabilities else 1)
+    tile = tuning.tile(x.device, configs.cross_entropy_tile, x.dtype, C, 2 if probabilities else 1)
     blocks = triton.cdiv(N, tile.block_m)
     splits, span = configs.cross_entropy_splits(tile, blocks, C, device_limits(x.device)[2])
     flags = _flags(x, target, None, label_smoothing, z_loss, softcap, logit_scale)
@@ -900,7 +900,15 @@ def cross_entropy_fwd_grad(
     dx = torch.empty((N, C), dtype=x.dtype, device=x.device)
     flags = _flags(x, target, dx, label_smoothing, z_loss, softcap, logit_scale)
     capability, _, multiprocessors = device_limits(x.device)
-    tile = configs.cross_entropy_grad_tile(capability, x.dtype, C, flags == 0, bool(label_smoothing))
+    tile = tuning.tile(
+        x.device,
+        configs.cross_entropy_grad_tile,
+        capability,
+        x.dtype,
+        C,
+        flags == 0,
+        bool(label_smoothing),
+    )
     resident = tile.lanes * tile.vector >= C
     blocks = triton.cdiv(N, tile.block_m)
     launch(
@@ -1015,7 +1023,7 @@ def cross_entropy_extra_bwd(
         dtarget = torch.empty((N, C), dtype=x.dtype, device=x.device)
     written = dx if dx is not None else dtarget
     assert written is not None
-    tile = configs.cross_entropy_tile(x.dtype, C, 2 if probabilities else 1)
+    tile = tuning.tile(x.device, configs.cross_entropy_tile, x.dtype, C, 2 if probabilities else 1)
     launch(
         _cross_entropy_bwd_kernel,
         (triton.cdiv(N, tile.block_m), triton.cdiv(C, tile.lanes * tile.vector)),

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from . import configs
+from . import configs, tuning
 from ._triton import _cast, device_limits, launch, tl, triton
 
 __all__ = ["layer_norm_bwd", "layer_norm_fwd", "parameter_gradients"]
@@ -309,7 +309,7 @@ def layer_norm_fwd(
     if not y.numel():
         return y, stats
     x = _rows(x, C)
-    tile = configs.layer_norm_tile(x.dtype, C)
+    tile = tuning.tile(x.device, configs.layer_norm_tile, x.dtype, C)
     launch(
         _layer_norm_fwd_kernel,
         (triton.cdiv(N, tile.block_m),),
@@ -353,7 +353,9 @@ def layer_norm_bwd(
     w = w if w is None else w.contiguous()
     N = x.shape[0]
     capability, _, multiprocessors = device_limits(x.device)
-    tile = configs.layer_norm_bwd_tile(capability, x.dtype, C, N, multiprocessors, needs_w or needs_b)
+    tile = tuning.tile(x.device, configs.layer_norm_bwd_tile, capability, x.dtype, C)
+    if needs_w or needs_b:
+        tile = configs.layer_norm_bwd_strips(tile, C, N, multiprocessors)
     shared = {"RMS": rms, "VECTOR": _vector(C, x, dy), "num_warps": tile.num_warps}
     strides = *dy.stride(), x.stride(0)
     means = None

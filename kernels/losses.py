@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from . import configs
+from . import configs, tuning
 from ._triton import _cast, launch, tl, triton
 from .activations import _np_exp, _np_relu_grad, _np_sigmoid_into, _sigmoid_pair
 
@@ -849,7 +849,7 @@ def loss_fwd(
         return _nothing(x, divisor)
     w, w_period, w_full = _flat(weight, x.shape)
     q, q_period, q_full = _flat(q, x.shape)
-    tile = configs.loss_tile(x.dtype)
+    tile = tuning.tile(x.device, configs.loss_tile, x.dtype)
     blocks = triton.cdiv(n, tile.block)
     programs = configs.loss_programs(blocks) if reduce else blocks
     loss = x.new_empty(() if reduce else x.shape)
@@ -902,7 +902,7 @@ def loss_bwd(
     dx, dt = (torch.empty_like(t) if need else None for need in needs)
     w, w_period, w_full = _flat(weight, t.shape)
     q, q_period, q_full = _flat(q, t.shape)
-    tile = configs.loss_tile(t.dtype)
+    tile = tuning.tile(t.device, configs.loss_tile, t.dtype)
     launch(
         _loss_bwd_kernel,
         (triton.cdiv(t.numel(), tile.block),),
@@ -1054,7 +1054,7 @@ def multi_margin_fwd(
     if reduce and N == 0:
         return _nothing(x, divisor)
     x = _unit_columns(x)
-    tile = configs.multi_margin_tile(x.dtype, C)
+    tile = tuning.tile(x.device, configs.multi_margin_tile, x.dtype, C)
     programs = triton.cdiv(N, tile.block_m)
     loss = x.new_empty(() if reduce else N)
     partial = x.new_empty(programs, dtype=torch.float32) if reduce else None
@@ -1095,7 +1095,7 @@ def multi_margin_bwd(
     N, C = x.shape
     x = _unit_columns(x)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    tile = configs.multi_margin_tile(x.dtype, C)
+    tile = tuning.tile(x.device, configs.multi_margin_tile, x.dtype, C)
     launch(
         _multi_margin_bwd_kernel,
         (triton.cdiv(N, tile.block_m),),

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import configs
+from . import configs, tuning
 from ._triton import _cast, launch, tl, triton
 
 __all__ = [
@@ -448,7 +448,8 @@ def layout(
     found: list[Launch] = []
     for (kind, scalar), tensors in members.items():
         rows = table[tensors]
-        tile = configs.optimizer_tile(max(4 * kind[3], *(d.itemsize for d in kind[:3])), not scalar)
+        widest = max(4 * kind[3], *(d.itemsize for d in kind[:3]))
+        tile = tuning.tile(device, configs.optimizer_tile, widest, not scalar)
         counts = -(-rows[:, NUMEL_COLUMN] // tile.block)
         chunks = np.empty((int(counts.sum()), 2), np.int32)
         chunks[:, 0] = np.repeat(tensors, counts)

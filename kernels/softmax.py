@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from . import configs
+from . import configs, tuning
 from ._triton import _cast, launch, tl, triton
 
 __all__ = ["logsumexp_bwd", "logsumexp_fwd", "softmax_bwd", "softmax_fwd"]
@@ -255,7 +255,7 @@ def softmax_fwd(x: torch.Tensor, log: bool) -> torch.Tensor:
         return y
     x = _rows(x)
     N, C = x.shape
-    tile = configs.softmax_tile(x.dtype, C, aligned=_aligned(x, 16 // x.element_size()))
+    tile = tuning.tile(x.device, configs.softmax_tile, x.dtype, C, False, _aligned(x, 16 // x.element_size()))
     launch(
         _softmax_fwd_kernel,
         (triton.cdiv(N, tile.block_m),),
@@ -285,7 +285,7 @@ def softmax_bwd(dy: torch.Tensor, y: torch.Tensor, log: bool) -> torch.Tensor:
     y = y.contiguous()
     dy = dy.reshape(-1, C)
     N = dy.shape[0]
-    tile = configs.softmax_tile(y.dtype, C, backward=True)
+    tile = tuning.tile(y.device, configs.softmax_tile, y.dtype, C, True, True)
     launch(
         _softmax_bwd_kernel,
         (triton.cdiv(N, tile.block_m),),
@@ -314,7 +314,7 @@ def logsumexp_fwd(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if C == 0:
         return lse.fill_(float("-inf")), stats.zero_()
     x = _rows(x)
-    tile = configs.logsumexp_tile(x.dtype, C)
+    tile = tuning.tile(x.device, configs.logsumexp_tile, x.dtype, C)
     launch(
         _logsumexp_fwd_kernel,
         (triton.cdiv(N, tile.block_m),),
@@ -342,7 +342,7 @@ def logsumexp_bwd(dlse: torch.Tensor, x: torch.Tensor, stats: torch.Tensor) -> t
     x = _rows(x)
     N, C = x.shape
     dlse = dlse.reshape(-1)
-    tile = configs.logsumexp_tile(x.dtype, C)
+    tile = tuning.tile(x.device, configs.logsumexp_tile, x.dtype, C)
     launch(
         _logsumexp_bwd_kernel,
         (triton.cdiv(N, tile.block_m), triton.cdiv(C, tile.lanes * tile.vector)),

@@ -1,9 +1,11 @@
-"""Tuned tiles of the linear products: tables of measured choices that come before configs.py's, and the measuring.
+"""Tuned tiles: tables of measured choices that come before configs.py's, and the measuring.
 
-A choice is looked up in the user's own file, then in the table shipped for the card (tuned/), then made by
-`configs.linear_tile`. Both files are JSON of the schema dlgpu-tuned/1 (tuned/README.md says what is in them). Whatever is in a
-file, a choice is one of `configs.linear_candidates` or their refinements, or cuBLAS: it can change speed, never results beyond
-the order of a float32 sum. Nothing is read before the first product on a GPU, and kernels that are interpreted ask no table.
+A choice is looked up in the user's own file, then in the table shipped for the card (tuned/), then made by a rule of
+configs.py: `configs.linear_tile` for the linear products, one of `RULES` for memory-bound kernels. Both files are JSON of the
+schema dlgpu-tuned/1 (tuned/README.md says what is in them). Whatever is in a file, a choice is one of
+`configs.linear_candidates` or their refinements, or cuBLAS, or of `configs.variants`: it can change speed, never results
+beyond the order of a float32 sum. Nothing is read before the first launch on a GPU, and kernels that are interpreted ask no
+table.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import inspect
 import json
 import os
 import random
@@ -23,19 +26,20 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from . import configs
 from ._triton import AVAILABLE, INTERPRETED, device_limits, triton
-from .activations import ACTIVATIONS
 
 __all__ = [
     "BadError",
     "Choice",
     "EventTimer",
     "LinearKey",
+    "RULES",
+    "RuleKey",
     "Table",
     "choose",
     "document",
@@ -46,12 +50,15 @@ __all__ = [
     "read",
     "slug",
     "table",
+    "tile",
     "trial",
     "tune",
     "write",
 ]
 
-Tile = configs.MatmulTile | configs.CuBlas
+LinearTile = configs.MatmulTile | configs.CuBlas
+Tile = LinearTile | configs.FlatTile | configs.RowTile | configs.StripTile
+T = TypeVar("T")
 
 SCHEMA = "dlgpu-tuned/1"
 SHIPPED = Path(__file__).parent / "tuned"
@@ -108,8 +115,62 @@ def linear_key(
     )
 
 
-def candidates(limits: Sequence[int], key: LinearKey) -> tuple[Tile, ...]:
-    """`configs.linear_candidates` of a key on a GPU of these limits: configs.py's own choice first."""
+# The rules of configs.py for memory-bound kernels of whose tiles there may be tables. None depends on how many rows there are,
+# so that another batch size has the same key.
+RULES: Mapping[str, Callable[..., Any]] = {
+    rule.__name__: rule
+    for rule in (
+        configs.activation_tile,
+        configs.cross_entropy_grad_tile,
+        configs.cross_entropy_tile,
+        configs.layer_norm_bwd_tile,
+        configs.layer_norm_tile,
+        configs.logsumexp_tile,
+        configs.loss_tile,
+        configs.multi_margin_tile,
+        configs.optimizer_tile,
+        configs.softmax_tile,
+    )
+}
+
+
+class RuleKey(NamedTuple):
+    """What a tuned tile of a memory-bound kernel depends on: which of `RULES` would choose it, and all that rule's arguments,
+    in order."""
+
+    rule: str
+    arguments: tuple[Any, ...]
+
+    def named(self) -> dict[str, Any]:
+        """The arguments by name."""
+        return dict(zip(_kinds(self.rule), self.arguments, strict=True))
+
+
+Key = LinearKey | RuleKey
+
+
+def _kinds(rule: str) -> dict[str, Any]:
+    """The types of a rule's arguments, by name; of a dtype its name's."""
+    kinds = {"int": int, "bool": bool, "torch.dtype": str}
+    return {name: kinds[p.annotation] for name, p in inspect.signature(RULES[rule]).parameters.items()}
+
+
+def tile(device: torch.device, rule: Callable[..., T], *arguments: Any) -> T:
+    """The tuned tile of a memory-bound kernel on a device, else the one that the rule chooses.
+
+    Args:
+        rule: one of `RULES`; `arguments` are all of its own, those with a default too.
+    """
+    where = table(device)
+    found: Any = None if where is None else where.tiles.get(RuleKey(rule.__name__, arguments))
+    return rule(*arguments) if found is None else found
+
+
+def candidates(limits: Sequence[int], key: Key) -> tuple[Tile, ...]:
+    """What may be chosen for a key on a GPU of these limits (`configs.linear_candidates`, `configs.variants`): configs.py's
+    own choice first."""
+    if isinstance(key, RuleKey):
+        return configs.variants(RULES[key.rule](*key.arguments), key.named().get("C"))
     return configs.linear_candidates(
         limits[0],
         limits[1],
@@ -132,8 +193,9 @@ def _bare(tile: Tile) -> Tile:
     return dataclasses.replace(tile, reason="")
 
 
-def _allowed(limits: Sequence[int], key: LinearKey) -> Iterator[Tile]:
-    yield configs.CuBlas("")
+def _allowed(limits: Sequence[int], key: Key) -> Iterator[Tile]:
+    if isinstance(key, LinearKey):
+        yield configs.CuBlas("")
     for tile in candidates(limits, key):
         yield _bare(tile)
         if isinstance(tile, configs.MatmulTile):
@@ -166,6 +228,7 @@ _KEY = {
     "aligned_out": bool,
     "split": bool,
 }
+_RULE = {"rule": str, "arguments": dict, "tile": dict}
 _MEASURED = {"scored": str, "default_us": list, "best_us": list, "ratio": float}
 _TILE = {
     field.name: {"int": int, "bool": bool, "int | None": (int, type(None))}[str(field.type)]
@@ -184,12 +247,18 @@ def _fields(value: Any, required: Mapping[str, Any], optional: Mapping[str, Any]
         _check(name not in value or type(value[name]) in allowed, f"{what}'s {name} has a wrong type")
 
 
-def entry(key: LinearKey, tile: Tile, choice: Choice | None = None, scored: str = "alone") -> dict[str, Any]:
+def entry(key: Key, tile: Tile, choice: Choice | None = None, scored: str = "alone") -> dict[str, Any]:
     """An entry of a table, as JSON has it."""
-    found: dict[str, Any] = {"op": "linear", **key._asdict()}
-    found["dtype"] = str(key.dtype).removeprefix("torch.")
+    found: dict[str, Any]
+    if isinstance(key, RuleKey):
+        arguments = key.named()
+        found = {"rule": key.rule, "arguments": arguments}
+    else:
+        arguments = found = {"op": "linear", **key._asdict()}
+    if "dtype" in arguments:
+        arguments["dtype"] = str(arguments["dtype"]).removeprefix("torch.")
     found["tile"] = (
-        "cublas" if isinstance(tile, configs.CuBlas) else {name: getattr(tile, name) for name in _TILE}
+        "cublas" if isinstance(tile, configs.CuBlas) else {n: getattr(tile, n) for n in _fields_of(tile)}
     )
     if choice is not None:
         found |= {"scored": scored, "ratio": round(choice.ratio, 4)}
@@ -198,12 +267,43 @@ def entry(key: LinearKey, tile: Tile, choice: Choice | None = None, scored: str 
     return found
 
 
-def parse(value: Any, limits: Sequence[int]) -> tuple[LinearKey, Tile]:
+def _fields_of(tile: Tile) -> list[str]:
+    return [field.name for field in dataclasses.fields(tile) if field.name != "reason"]
+
+
+def _parse_rule(value: Any, limits: Sequence[int]) -> tuple[RuleKey, Tile]:
+    _fields(value, _RULE, _MEASURED, "it")
+    _check(value["rule"] in RULES, "no such rule")
+    kinds, given = _kinds(value["rule"]), value["arguments"]
+    _fields(given, kinds, {}, "its arguments")
+    _check(given.get("dtype", "float32") in _DTYPES, "no such dtype")
+    _check(all(0 < given[n] < 1 << 31 for n, kind in kinds.items() if kind is int), "a size is out of range")
+    arguments = (_DTYPES[given[n]] if kind is str else given[n] for n, kind in kinds.items())
+    key = RuleKey(value["rule"], tuple(arguments))
+    allowed = candidates(limits, key)
+    _fields(value["tile"], dict.fromkeys(_fields_of(allowed[0]), int), {}, "its tile")
+    tile = type(allowed[0])(**value["tile"])
+    _check(tile in allowed, "its tile is none of the candidates")
+    return key, tile
+
+
+def parse(value: Any, limits: Sequence[int]) -> tuple[Key, Tile]:
     """The key and tile of an entry.
 
     Raises:
         BadError: it is not what `entry` makes, or its tile is none of the candidates.
     """
+    of_a_rule = type(value) is dict and "rule" in value
+    found = _parse_rule(value, limits) if of_a_rule else _parse_linear(value, limits)
+    for name in ("default_us", "best_us"):
+        _check(all(type(us) in (int, float) for us in value.get(name, ())), f"its {name} has a wrong type")
+    return found
+
+
+def _parse_linear(value: Any, limits: Sequence[int]) -> tuple[LinearKey, Tile]:
+    # Which takes its own tile from here.
+    from .activations import ACTIVATIONS
+
     _fields(value, {"op": str, **_KEY, "tile": (dict, str)}, _MEASURED, "it")
     _check(value["op"] == "linear", "no such op")
     _check(value["dtype"] in _DTYPES, "no such dtype")
@@ -212,8 +312,6 @@ def parse(value: Any, limits: Sequence[int]) -> tuple[LinearKey, Tile]:
     _check(all(0 < value[name] < 1 << 31 for name in "MNK"), "a size is out of range")
     key = LinearKey(**{name: value[name] for name in _KEY} | {"dtype": _DTYPES[value["dtype"]]})
     _check(key == linear_key(*key), "its batch is no bucket's")
-    for name in ("default_us", "best_us"):
-        _check(all(type(us) in (int, float) for us in value.get(name, ())), f"its {name} has a wrong type")
     if isinstance(value["tile"], str):
         _check(value["tile"] == "cublas", "no such tile")
         return key, configs.CuBlas("")
@@ -278,7 +376,7 @@ def _warn(path: Path, what: str) -> None:
         warnings.warn(f"dlgpu: tuned table {path.name}: {what}", RuntimeWarning, stacklevel=2)
 
 
-def read(path: Path, card: str, limits: Sequence[int]) -> dict[LinearKey, Tile]:
+def read(path: Path, card: str, limits: Sequence[int]) -> dict[Key, Tile]:
     """The usable choices of a file, for a card of these limits. The rest is ignored, with one warning a file and process."""
     tiles, problems = {}, []
     try:
@@ -368,16 +466,16 @@ class Table:
     card: str
     limits: tuple[int, int, int]
     device: torch.device
-    tiles: dict[LinearKey, Tile] = dataclasses.field(default_factory=dict)
+    tiles: dict[Key, Any] = dataclasses.field(default_factory=dict)
     given_up: set[LinearKey] = dataclasses.field(default_factory=set)
 
-    def linear(self, key: LinearKey, batch: int | None = None) -> Tile | None:
+    def linear(self, key: LinearKey, batch: int | None = None) -> LinearTile | None:
         """The tuned choice of a product; None leaves it to configs.py. With tuning on, an unknown product that is about to
         run on `batch` rows is measured now."""
         if _local.forced is not None:
             _local.hits += key in _local.forced
             return _local.forced.get(key)
-        tile = self.tiles.get(key)
+        tile: LinearTile | None = self.tiles.get(key)
         if tile is None and batch and _enabled and key not in self.given_up and _may_tune(self.device):
             return _tune_linear(self, key, batch)
         return tile
@@ -385,7 +483,7 @@ class Table:
 
 class _Local(threading.local):
     # In a trial: the tiles under trial, and how often a product asked for one of them.
-    forced: Mapping[LinearKey, Tile] | None = None
+    forced: Mapping[Any, Any] | None = None
     hits = 0
 
 
@@ -422,7 +520,7 @@ def _open(device: torch.device) -> Table | None:
 
 
 @contextlib.contextmanager
-def forced(where: Table, tiles: Mapping[LinearKey, Tile]) -> Iterator[None]:
+def forced(where: Table, tiles: Mapping[Any, Any]) -> Iterator[None]:
     """Within the block this thread's products with these keys run on these tiles, others on configs.py's, and nothing is
     tuned. Launchers only: autograd's backward has threads of its own."""
     before = _local.forced
@@ -644,13 +742,14 @@ def _capturing(device: torch.device) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
-def _tune_linear(where: Table, key: LinearKey, batch: int) -> Tile | None:
+def _tune_linear(where: Table, key: LinearKey, batch: int) -> LinearTile | None:
     """Measures, remembers and stores the choice for a key; None where it cannot be measured, or is being measured."""
     if not _tuning.acquire(blocking=False):
         return None
     try:
-        if key in where.tiles:
-            return where.tiles[key]
+        chosen: LinearTile | None = where.tiles.get(key)
+        if chosen is not None:
+            return chosen
         try:
             with _on(where.device):
                 run, hits = trial(key, batch, where), _local.hits
@@ -668,7 +767,8 @@ def _tune_linear(where: Table, key: LinearKey, batch: int) -> Tile | None:
             return None
         where.tiles[key] = dataclasses.replace(found.tile, reason=f"tuned on {where.card}, in this process")
         _store(where, key, found)
-        return where.tiles[key]
+        chosen = where.tiles[key]
+        return chosen
     finally:
         _tuning.release()
 

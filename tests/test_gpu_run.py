@@ -753,8 +753,7 @@ def test_a_case_is_measured_and_judged_as_on_a_gpu(tmp_path, monkeypatch):
     assert asked == [("cuda", "", "hot")]
     assert rows[0]["reached"] == "met"
     assert "reached" not in rows[1]
-    # Tiles are those of products.
-    assert rows[0]["config"] is None
+    assert rows[0]["config"] == "tuned"
 
 
 def test_tiles_tuned_before_are_used(tmp_path, monkeypatch):

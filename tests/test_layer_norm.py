@@ -358,7 +358,7 @@ def test_byte_laws(dtype, name, N, C):
     dy, size, w = torch.randn(N, C, dtype=dtype), dtype.itemsize, torch.randn(C, dtype=dtype)
     b = None if rms else torch.randn(C, dtype=dtype)
     fwd = configs.layer_norm_tile(dtype, C)
-    bwd = configs.layer_norm_bwd_tile(90, dtype, C, N, 4, True)
+    bwd = configs.layer_norm_bwd_tile(90, dtype, C)
     again, again_bwd = fwd.block_n < C, bwd.block_n < C
     assert (again, again_bwd) == (C == 40000, C > 8192)
     with TrafficMeter() as meter:
@@ -373,7 +373,7 @@ def test_byte_laws(dtype, name, N, C):
     programs = cdiv(N, fwd.block_m)
 
     def backward(sums):
-        tile = configs.layer_norm_bwd_tile(90, dtype, C, N, 4, sums)
+        tile = configs.layer_norm_bwd_strips(bwd, C, N, 4) if sums else bwd
         strips, across = cdiv(N, tile.rows), cdiv(C, tile.block_n)
         # The weight is asked for by each step of a program, and each step is block_m rows.
         steps = sum(cdiv(min(tile.rows, N - first), tile.block_m) for first in range(0, N, tile.rows))

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -126,6 +127,18 @@ def test_no_table_costs_one_look_up(monkeypatch, launches):
     x = torch.randn(64, 64, device=DEVICE)
     for _ in range(2):
         linear.linear_fwd(x, x, None, "gelu", 0.0, True)
+    assert tuning._tables == {HERE: None}
+
+
+def test_no_table_costs_a_rule_one_look_up(monkeypatch, launches):
+    launches.dry = True
+    monkeypatch.setattr(tuning, "RuleKey", None)
+    if not _triton.INTERPRETED:
+        monkeypatch.setattr(tuning, "_open", lambda device: None)
+    x = torch.randn(64, 64, device=DEVICE)
+    with dlgpu.use_backend("triton"):
+        for _ in range(2):
+            dlgpu.functional.softmax(x, 1)
     assert tuning._tables == {HERE: None}
 
 
@@ -278,6 +291,278 @@ def test_where_the_users_file_is(monkeypatch, tmp_path):
     assert tuning.user_path(CARD) == tmp_path / "local" / "dlgpu" / name
     monkeypatch.delenv("LOCALAPPDATA")
     assert tuning.user_path(CARD) is None
+
+
+# Of memory-bound kernels.
+
+RULE = tuning.RuleKey("softmax_tile", (torch.bfloat16, 40000, False, True))
+VARIANT = tuning.candidates(LIMITS, RULE)[-1]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def rule_keys():
+    """Of every rule, with long rows and short."""
+    widths = (1, 5, 50, 1000, 1024, 4096, 8192, 8200, 9001, 16384, 32000, 32768, 40000, 128256)
+    either = (False, True)
+    choices = {
+        "capability": (80, 90, 100, 120),
+        "dtype": DTYPES,
+        "C": widths,
+        "matrices": (1, 2),
+        "itemsize": (2, 4),
+    }
+    for rule in tuning.RULES:
+        names = tuning._kinds(rule)
+        for arguments in itertools.product(*(choices.get(name, either) for name in names)):
+            yield tuning.RuleKey(rule, arguments)
+
+
+def width(tile):
+    return tile.lanes * tile.vector if isinstance(tile, configs.RowTile) else tile.block_n
+
+
+def elements(tile):
+    return tile.block if isinstance(tile, configs.FlatTile) else tile.block_m * width(tile)
+
+
+def test_variants():
+    """A row that a program holds whole stays whole, one that goes by steps does not become so: kernels are compiled for
+    either, with what they read."""
+    counts = set()
+    for key in rule_keys():
+        found = tuning.candidates(LIMITS, key)
+        default, C = tuning.RULES[key.rule](*key.arguments), key.named().get("C")
+        assert found[0] == default
+        assert len(found) == len(set(found))
+        for tile in found:
+            assert type(tile) is type(default)
+            for name in tuning._fields_of(tile):
+                value = getattr(tile, name)
+                assert value >= 1
+                assert getattr(default, name) / value in (0.5, 1, 2)
+                assert value & (value - 1) == 0
+            assert tile.num_warps <= 32
+            assert elements(tile) / tile.num_warps <= 2 * elements(default) / default.num_warps
+            if C is None:
+                assert (tile.block % tile.vector, tile.vector) == (0, default.vector)
+            else:
+                assert (width(tile) >= C) == (width(default) >= C)
+                assert width(tile) == width(default) or tile.block_m == default.block_m
+            if isinstance(tile, configs.StripTile):
+                assert tile.rows == tile.block_m
+        counts.add(len(found))
+    assert min(counts) > 2
+    assert max(counts) == 8
+
+
+def test_every_variant_survives_the_file(tmp_path):
+    path = tmp_path / "table.json"
+    for key in itertools.islice(rule_keys(), 0, None, 23):
+        for tile in tuning.candidates(LIMITS, key):
+            choice = tuning.Choice(tile, (1e-3,) * 3, (0.9e-3,) * 3, 0.9)
+            tuning.write(path, table_of([tuning.entry(KEY, OTHER), tuning.entry(key, tile, choice, "step")]))
+            assert tuning.read(path, CARD, LIMITS) == {KEY: bare(OTHER), key: tile}
+
+
+def changed_rule(arguments=None, tile=None, **changes):
+    found = tuning.entry(RULE, VARIANT) | changes
+    found["arguments"] = found["arguments"] | (arguments or {})
+    found["tile"] = found["tile"] | (tile or {})
+    return found
+
+
+BAD_RULES = {
+    "no such rule": changed_rule(rule="dropout_tile"),
+    "what is no rule": changed_rule(rule="variants"),
+    "rule's type": changed_rule(rule=["softmax_tile"]),
+    "another rule's arguments": changed_rule(rule="logsumexp_tile"),
+    "both kinds": changed_rule(op="linear"),
+    "unknown field": changed_rule(note="fast"),
+    "no arguments": {k: v for k, v in changed_rule().items() if k != "arguments"},
+    "arguments' type": changed_rule() | {"arguments": [1]},
+    "unknown argument": changed_rule({"N": 5}),
+    "dtype": changed_rule({"dtype": "float64"}),
+    "dtype's type": changed_rule({"dtype": 16}),
+    "size 0": changed_rule({"C": 0}),
+    "a negative size": changed_rule({"C": -1}),
+    "huge size": changed_rule({"C": 1 << 31}),
+    "a bool for a size": changed_rule({"C": True}),
+    "a float for a size": changed_rule({"C": 40000.0}),
+    "an int for a bool": changed_rule({"aligned": 1}),
+    "another tile's field": changed_rule(tile={"block": 8}),
+    "no field": changed_rule() | {"tile": {"num_warps": 4}},
+    "tile's type": changed_rule() | {"tile": "cublas"},
+    "another width": changed_rule(tile={"lanes": 8192}),
+    "another vector": changed_rule(tile={"vector": 4}),
+    "four times the warps": changed_rule(tile={"num_warps": 8}),
+    "a negative number": changed_rule(tile={"block_m": -1}),
+    "a bool for an int": changed_rule(tile={"block_m": True}),
+    "a string for an int": changed_rule(tile={"lanes": "512"}),
+    "a reason": changed_rule(tile={"reason": "<b>"}),
+    "times": changed_rule(best_us=["<b>", 1.0, 2.0]),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_RULES.values(), ids=BAD_RULES)
+def test_a_bad_entry_of_a_rule_is_ignored(tmp_path, bad):
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(table_of([bad, tuning.entry(RULE, VARIANT)])))
+    with pytest.warns(RuntimeWarning, match=r"table\.json: 1 of 2 entries ignored; entry 0: ") as said:
+        assert tuning.read(path, CARD, LIMITS) == {RULE: VARIANT}
+    assert len(said) == 1
+    assert "<b>" not in str(said[0].message)
+
+
+def test_an_entry_for_another_size_is_for_no_other():
+    """The other way round: whoever asks for what no entry is for gets the rule's own choice."""
+    where = tuning.Table(CARD, LIMITS, CUDA, {RULE: VARIANT})
+    rule, arguments = configs.softmax_tile, RULE.arguments
+    with bench_tune._in_use(where, where.tiles):
+        assert tuning.tile(CUDA, rule, *arguments) is VARIANT
+        for i, other in enumerate((torch.float16, 40001, True, False)):
+            given = (*arguments[:i], other, *arguments[i + 1 :])
+            assert tuning.tile(CUDA, rule, *given) == rule(*given)
+    assert tuning.tile(HERE, rule, *arguments) == rule(*arguments)
+
+
+D = dlgpu.functional
+
+
+def target(C):
+    return torch.arange(3, device=DEVICE) % C
+
+
+# The rules, and calls of theirs: ours, torch's, and the shape of the first operand, or dtype too.
+CALLS = {
+    "activation_tile": (D.gelu, F.gelu, (3, 1500)),
+    "cross_entropy_tile": (
+        lambda x: D.cross_entropy(x, target(x.shape[1])),
+        lambda x: F.cross_entropy(x, target(x.shape[1])),
+        (3, 50),
+        (3, 9001),
+    ),
+    "cross_entropy_grad_tile": (
+        lambda x: D.cross_entropy(x, target(x.shape[1]), grad_in_forward=True),
+        lambda x: F.cross_entropy(x, target(x.shape[1])),
+        (3, 48),
+        (3, 33000),
+    ),
+    "layer_norm_bwd_tile layer_norm_tile": (
+        lambda x: D.layer_norm(x, x.shape[1:], x[0]),
+        lambda x: F.layer_norm(x, x.shape[1:], x[0]),
+        (3, 50),
+        (1, 33000),
+    ),
+    "logsumexp_tile": (lambda x: D.logsumexp(x, 1), lambda x: x.logsumexp(1), (3, 50), (3, 9001)),
+    "loss_tile": (lambda x: D.mse_loss(x, x * 0.5), lambda x: F.mse_loss(x, x * 0.5), (3, 1500)),
+    "multi_margin_tile": (
+        lambda x: D.multi_margin_loss(x.float(), target(x.shape[1])),
+        lambda x: F.multi_margin_loss(x if x.dtype is torch.float64 else x.float(), target(x.shape[1])),
+        (3, 50),
+        (3, 9001),
+    ),
+    "softmax_tile": (lambda x: D.softmax(x, 1), lambda x: x.softmax(1), (3, 50), (3, 33000)),
+}
+
+
+def taken(tile):
+    """The part of a tile that every launch is given."""
+    return getattr(tile, "block", None) or tile.block_m, tile.num_warps
+
+
+def given(launch):
+    meta = launch[3]
+    return meta.get("BLOCK", meta.get("BLOCK_M")), meta["num_warps"]
+
+
+@pytest.mark.parametrize("number", range(1, 8))
+@pytest.mark.parametrize(
+    ("rules", "ours", "theirs", "shape"),
+    [(name, ours, theirs, shape) for name, (ours, theirs, *shapes) in CALLS.items() for shape in shapes],
+    ids=lambda value: value if isinstance(value, str) else str(value[1]) if isinstance(value, tuple) else "",
+)
+def test_any_variant_is_as_accurate(launches, number, rules, ours, theirs, shape):
+    """By way of a table, whose tiles are those of the launches."""
+    x = torch.randn(shape, dtype=torch.bfloat16, device=DEVICE)
+    where = tuning.Table(CARD, _triton.device_limits(HERE), HERE)
+    with bench_tune._in_use(where, {}) as asked:
+        ours(leaf := x.clone().requires_grad_()).float().sum().backward()
+    assert leaf.grad is not None
+    assert {key.rule for key in asked.keys_asked} == set(rules.split())
+    tiles = {}
+    for key in asked.keys_asked:
+        found = tuning.candidates(where.limits, key)
+        tiles[key] = found[number % len(found)]
+    del launches[:]
+    with bench_tune._in_use(where, tiles):
+        assert_conforms(ours, theirs, (x,))
+    # The kernels of the rules, beside which there are those that add up.
+    own = [entry for entry in launches if entry[0].endswith(("_fwd_kernel", "_bwd_kernel", "_grad_kernel"))]
+    assert set(map(given, own)) == set(map(taken, tiles.values()))
+
+
+@pytest.mark.parametrize("number", range(1, 8))
+@pytest.mark.parametrize("odd", [0, 1], ids=["aligned", "unaligned"])
+def test_any_variant_steps_as_well(launches, number, odd):
+    # Unaligned, each element has an address of its own.
+    p, g = (torch.randn(3001 + odd, device=DEVICE)[odd:] for _ in range(2))
+    where = tuning.Table(CARD, _triton.device_limits(HERE), HERE)
+    key = tuning.RuleKey("optimizer_tile", (4, not odd))
+    found = tuning.candidates(where.limits, key)
+    tile = found[number % len(found)]
+    ours, theirs = p.clone(), p.clone().requires_grad_()
+    if odd:
+        ours = torch.cat([p[:1], p])[1:]
+    ours.requires_grad_()
+    ours.grad, theirs.grad = torch.cat([g[:1], g])[1:] if odd else g.clone(), g.clone()
+    with bench_tune._in_use(where, {key: tile}) as asked:
+        dlgpu.optim.SGD([ours], lr=0.1).step()
+    torch.optim.SGD([theirs], lr=0.1).step()
+    assert asked.keys_asked == [key]
+    assert [given(entry) for entry in launches if entry[0] == "_multi_tensor_kernel"] == [taken(tile)]
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_explain_says_so_of_rules(monkeypatch):
+    """Every kernel's tile that a table may hold is shown with where it is from."""
+    where = tuning.Table(CARD, _triton.device_limits(HERE), HERE)
+    shown = set()
+    for C in (40, 41, 48, 1001):
+        x = torch.randn(3, C, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+        calls = [
+            ("gelu", (x,), {}),
+            ("softmax", (x, 1), {}),
+            ("logsumexp", (x, 1), {}),
+            ("layer_norm", (x, (C,)), {}),
+            ("cross_entropy", (x, target(C)), {}),
+            ("cross_entropy", (x, x.detach().softmax(1)), {}),
+            ("cross_entropy", (x, target(C)), {"grad_in_forward": True}),
+            ("cross_entropy", (x, target(C)), {"grad_in_forward": True, "ignore_index": 1}),
+            ("cross_entropy", (x, target(C)), {"grad_in_forward": True, "label_smoothing": 0.1}),
+            ("mse_loss", (x, x), {}),
+            ("multi_margin_loss", (x, target(C)), {}),
+            ("adam", ([x.detach()],), {}),
+        ]
+        for name, arguments, given in calls:
+            with bench_tune._in_use(where, {}) as asked:
+                before = dlgpu.explain(name, *arguments, **given).steps
+            if name != "adam":
+                with bench_tune._in_use(where, {}) as launched:
+                    getattr(dlgpu.functional, name)(*arguments, **given).sum().backward()
+                assert set(asked.keys_asked) == set(launched.keys_asked), name
+            tiles = {}
+            for key in asked.keys_asked:
+                tile = tuning.candidates(where.limits, key)[1]
+                tiles[key] = dataclasses.replace(tile, reason=f"tuned on {CARD}, from here")
+            with injected(monkeypatch, tiles), dlgpu.use_backend("triton"):
+                after = dlgpu.explain(name, *arguments, **given).steps
+            assert len(before) == len(after)
+            for (kernel, said), (_, tuned) in zip(before, after, strict=True):
+                assert "tuned" not in said
+                assert (f", tuned on {CARD}, from here" in tuned) == ("Tile(" in said), kernel
+                assert "reason" not in tuned
+            shown |= {key.rule for key in tiles}
+    assert shown == set(tuning.RULES)
 
 
 # What is written.
@@ -837,7 +1122,9 @@ def test_without_a_gpu_it_is_one_line(monkeypatch, capsys):
     ("arguments", "message"),
     [
         ([], "Missing argument"),
-        (["softmax"], "'softmax' is not 'linear'"),
+        (["dropout"], "'dropout' is not one of 'linear', 'cross_entropy'"),
+        (["softmax", "--shapes", "8x8x8"], "are for linear"),
+        (["adam", "--activations", "relu"], "are for linear"),
         (["linear", "--shapes", "8x8"], "must be MxNxK"),
         (["linear", "--shapes", "8x0x8"], "must be positive sizes"),
         (["linear", "--activations", "mish"], "expected none, relu"),
@@ -914,6 +1201,163 @@ def test_a_stopped_run_keeps_what_it_measured(monkeypatch, tmp_path):
     )
     assert left == 2
     assert len(measured) == 2
+
+
+@pytest.mark.skipif(not _triton.INTERPRETED, reason="a rehearsal is for machines without a GPU")
+def test_the_rehearsal_of_memory_bound_kernels(monkeypatch, tmp_path, capsys):
+    """Of every op, beside a table of products; what is there stays and is not measured again."""
+    out = tmp_path / "table.json"
+    where = tuning.Table("Triton's interpreter", _triton.device_limits(HERE), HERE)
+    product = tuning.entry(KEY, CUBLAS)
+    tuning.write(out, tuning.document(where.card, where.limits[0], [product]))
+    examined = []
+
+    def bad(tasks, limits, workers, each, timeout_s):
+        examined.extend(tasks)
+        return []
+
+    monkeypatch.setattr(bench_tune, "_bad", bad)
+    assert cli.main(["tune", "memory-bound", "--rehearse", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "1 tiles are in table.json already" in said
+    assert "compiling 16 candidates of 8 tiles" in said
+    assert said.endswith(f"{out}: complete\n")
+    found = tuning.read(out, where.card, where.limits)
+    rules = [key.rule for key in found if isinstance(key, tuning.RuleKey)]
+    assert rules == [
+        "cross_entropy_tile",
+        "softmax_tile",
+        "softmax_tile",
+        "layer_norm_tile",
+        "layer_norm_bwd_tile",
+        "optimizer_tile",
+        "loss_tile",
+        "activation_tile",
+    ]
+    assert found[KEY] == bare(CUBLAS)
+    entries = json.loads(out.read_text())["entries"]
+    assert entries[0] == product
+    assert {entry.get("scored") for entry in entries[1:]} == {"fwd+bwd", "step"}
+    # A candidate of each was to be compiled, and each can be read where that is done.
+    assert len(examined) == 8
+    for task in examined:
+        key, tile = tuning.parse(task["entry"], where.limits)
+        assert tile == tuning.candidates(where.limits, key)[1]
+        assert task["case"]["op"] in bench_tune.CASES
+    before = out.read_bytes()
+    monkeypatch.setattr(tuning, "choose", None)
+    assert cli.main(["tune", "softmax", "--rehearse", "--out", str(out)]) == 0
+    assert out.read_bytes() == before
+    assert tuning._tables.get(HERE) is None
+
+
+def rule_cases(*names):
+    return [c for name in names for c in bench_tune._cases(options_of(name, rehearse=True))]
+
+
+def options_of(op, rehearse=False):
+    return bench_tune.Options(op, None, None, None, None, 1.0, rehearse)
+
+
+def test_a_stopped_run_of_rules_keeps_what_it_measured(monkeypatch, tmp_path):
+    if not _triton.INTERPRETED:
+        pytest.skip("a GPU's table is not for a test to make")
+    out = tmp_path / "table.json"
+    where = tuning.Table(CARD, _triton.device_limits(HERE), HERE)
+    cases = rule_cases("softmax", "activation")
+    monkeypatch.setattr(bench_tune, "_bad", lambda *args: [0])
+    measured = []
+
+    def choose(run, tiles, timer, **options):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(tiles)
+        run(tiles[-1])
+        return tuning.Choice(tiles[-1], (2.0,) * 3, (1.0,) * 3, 0.5)
+
+    monkeypatch.setattr(tuning, "choose", choose)
+    run = functools.partial(
+        bench_tune.tune_rules, cases, where, time.perf_counter, out, {}, say=lambda line: None
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    found = tuning.read(out, CARD, where.limits)
+    assert [key.rule for key in found] == ["softmax_tile", "softmax_tile"]
+    # What was chosen, in place of the rules' own; what spills was no choice.
+    assert [tiles[-1] for tiles in measured] == list(found.values())
+    first, second = (tuning.candidates(where.limits, key) for key in found)
+    assert measured == [[first[0], *first[2:]], list(second)]
+    # Nor does one out of time begin anything.
+    monkeypatch.setattr(tuning, "choose", None)
+    assert run(budget_s=-1.0) == 1
+
+
+@pytest.mark.skipif(not _triton.INTERPRETED, reason="cases of a rehearsal")
+def test_a_trial_runs_on_its_tile(launches):
+    """Each time, whatever ran before; beside the tiles that are chosen already."""
+    where = tuning.Table(CARD, _triton.device_limits(HERE), HERE)
+    for case in rule_cases("softmax", "layer_norm", "adam", "mse_loss"):
+        keys = bench_tune._rules_asked(case, where.limits)
+        chosen = {key: tuning.candidates(where.limits, key)[-1] for key in keys[:-1]}
+        tiles, asked = tuning.candidates(where.limits, keys[-1]), set()
+        run = bench_tune._trial(case, keys[-1], where, chosen, {}, asked)
+        run(tiles[0])
+        run(tiles[1])
+        for tile in (tiles[0], tiles[1], tiles[0]):
+            del launches[:]
+            results = run(tile)
+            assert not any(t.requires_grad for t in results)
+            assert {taken(t) for t in (*chosen.values(), tile)} <= set(map(given, launches))
+            others = {taken(t) for t in tiles} - {taken(tile)}
+            assert others.isdisjoint(given(e) for e in launches if e[0].startswith("_multi_tensor"))
+        assert asked == set(keys)
+
+
+def test_a_trial_that_runs_another_kernel_is_none(monkeypatch, tmp_path):
+    if not _triton.INTERPRETED:
+        pytest.skip("a GPU's table is not for a test to make")
+    where = tuning.Table(CARD, _triton.device_limits(HERE), HERE)
+    other = tuning.RuleKey("loss_tile", (torch.bfloat16,))
+    monkeypatch.setattr(bench_tune, "_rules_asked", lambda case, limits: [other])
+    monkeypatch.setattr(bench_tune, "_bad", lambda *args: [])
+    with pytest.raises(RuntimeError, match="did not ask for loss_tile"):
+        bench_tune.tune_rules(
+            rule_cases("activation"),
+            where,
+            lambda call: call() and 1.0,
+            tmp_path / "table.json",
+            {},
+            settings=bench_tune.REHEARSAL,
+            say=lambda line: None,
+        )
+
+
+def test_what_is_measured_on_a_gpu():
+    """Every case asks for tiles that none before it did, and for those of the card that is meant."""
+    seen = set()
+    for case in bench_tune._cases(options_of("memory-bound")):
+        keys = set(bench_tune._rules_asked(case, LIMITS))
+        assert keys - seen
+        seen |= keys
+    assert {key.rule for key in seen} == tuning.RULES.keys() - {"logsumexp_tile", "multi_margin_tile"}
+    # Whole vectors, no option, and the limits of the card.
+    assert tuning.RuleKey("cross_entropy_grad_tile", (90, torch.bfloat16, 32000, True, False)) in seen
+    assert tuning.RuleKey("optimizer_tile", (4, True)) in seen
+
+
+def test_spilling_variants_are_dropped():
+    """As of products: two rows of 32000 columns at once are more than registers hold, one in twice the threads is not."""
+    (case,) = (
+        c
+        for c in bench_tune._cases(options_of("cross_entropy"))
+        if c.options["grad_in_forward"] and c.shape["V"] == 32000
+    )
+    (key,) = bench_tune._rules_asked(case, LIMITS)
+    default, *others = tuning.candidates(LIMITS, key)
+    good = next(t for t in others if (t.block_m, t.num_warps) == (1, 32))
+    spills = next(t for t in others if (t.block_m, t.num_warps) == (2, 16))
+    todo = {key: (case, [default, good, spills])}
+    assert bench_tune.prune_rules(todo, LIMITS, workers=1) == {(key, spills)}
 
 
 def test_spilling_candidates_are_dropped():

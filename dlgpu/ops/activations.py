@@ -10,7 +10,7 @@ from dlgpu import _checks, _dispatch
 from dlgpu._arrays import to_array, to_tensor
 from dlgpu.fallback import activations as arrays
 from dlgpu.kernels import activations as kernels
-from dlgpu.kernels import configs
+from dlgpu.kernels import configs, tuning
 from dlgpu.kernels.activations import lookup, saved_for_backward
 
 __all__ = ["activation"]
@@ -122,7 +122,7 @@ def _explain(name: str, input: torch.Tensor, negative_slope: float) -> tuple[tor
     def steps(backend: str) -> list[tuple[str, str]]:
         saves = "y" if saved_for_backward(name, negative_slope) == "y" else "x"
         if backend == "triton":
-            config = str(configs.activation_tile(input.dtype))
+            config = str(tuning.tile(input.device, configs.activation_tile, input.dtype))
             return [
                 ("_activation_fwd_kernel", config),
                 ("_activation_bwd_kernel", f"{config}; saved: {saves}"),

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from dlgpu import _checks, _dispatch
 from dlgpu._arrays import to_array, to_tensor
 from dlgpu.fallback import cross_entropy as arrays
-from dlgpu.kernels import _triton, configs
+from dlgpu.kernels import _triton, configs, tuning
 from dlgpu.kernels import cross_entropy as kernels
 
 __all__ = ["CrossEntropyOutput", "cross_entropy"]
@@ -1055,9 +1055,17 @@ def _explain(
         wide = input.dtype in (torch.float32, torch.bfloat16)
         if grad_in_forward and wide and not probabilities and reduction != "none" and not return_lse:
             capability = _triton.device_limits(input.device)[0]
-            aligned = not kwargs and C % 16 == 0
-            tile = configs.cross_entropy_grad_tile(
-                capability, input.dtype, C, aligned, "label_smoothing" in kwargs
+            options = {*kwargs} - {"weight", "ignore_index", "token_weights", "return_accuracy"}
+            # As the launcher's flags, of rows side by side.
+            aligned = C % 16 == 0 or not configs.cross_entropy_edges(input.dtype, C)
+            tile = tuning.tile(
+                input.device,
+                configs.cross_entropy_grad_tile,
+                capability,
+                input.dtype,
+                C,
+                aligned and not options,
+                "label_smoothing" in kwargs,
             )
             before = reduce if reduction == "mean" else []
             once = "once" if tile.lanes * tile.vector >= C else "twice, the second time from the L2"
@@ -1068,7 +1076,9 @@ def _explain(
                 *reduce,
                 ("_scale_kernel", "nothing to do where the upstream gradient is 1"),
             ]
-        tile = configs.cross_entropy_tile(input.dtype, C, 2 if probabilities else 1)
+        tile = tuning.tile(
+            input.device, configs.cross_entropy_tile, input.dtype, C, 2 if probabilities else 1
+        )
         blocks = -(-N // tile.block_m)
         splits, _ = configs.cross_entropy_splits(tile, blocks, C, _triton.device_limits(input.device)[2])
         combine = [("_cross_entropy_combine_kernel", f"{splits} programs a row")] if splits > 1 else []

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from dlgpu import _checks, _dispatch
 from dlgpu._arrays import to_array, to_tensor
 from dlgpu.fallback import layer_norm as arrays
-from dlgpu.kernels import configs
+from dlgpu.kernels import configs, tuning
 from dlgpu.kernels import layer_norm as kernels
 from dlgpu.kernels._triton import device_limits
 
@@ -380,10 +380,12 @@ def _explain(
         if backend != "triton":
             how = "torch's own" if backend == "torch" else "NumPy or CuPy, by blocks of rows"
             return [("forward, backward", how)]
-        tile = configs.layer_norm_tile(input.dtype, C)
+        tile = tuning.tile(input.device, configs.layer_norm_tile, input.dtype, C)
         sums = weight is not None or bias is not None
         capability, _, multiprocessors = device_limits(input.device)
-        bwd = configs.layer_norm_bwd_tile(capability, input.dtype, C, N, multiprocessors, sums)
+        bwd = tuning.tile(input.device, configs.layer_norm_bwd_tile, capability, input.dtype, C)
+        if sums:
+            bwd = configs.layer_norm_bwd_strips(bwd, C, N, multiprocessors)
         found = [
             ("_layer_norm_fwd_kernel", f"{tile}; reads each row {'once' if tile.block_n >= C else 'twice'}")
         ]

@@ -17,7 +17,7 @@ import torch
 from dlgpu import _checks, _dispatch
 from dlgpu._arrays import to_array, to_tensor
 from dlgpu.fallback import losses as arrays
-from dlgpu.kernels import configs
+from dlgpu.kernels import configs, tuning
 from dlgpu.kernels import losses as kernels
 from dlgpu.kernels.losses import LOSSES, divisor_of, periodic
 
@@ -870,10 +870,10 @@ def _explain(op: str, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
     stem = "multi_margin" if margin else "loss"
     if margin:
         C = input.shape[-1] if input.dim() else 1
-        tile: Any = configs.multi_margin_tile(input.dtype, C)
+        tile: Any = tuning.tile(input.device, configs.multi_margin_tile, input.dtype, C)
         programs = -(-input.numel() // max(C, 1) // tile.block_m)
     else:
-        tile = configs.loss_tile(input.dtype)
+        tile = tuning.tile(input.device, configs.loss_tile, input.dtype)
         programs = configs.loss_programs(-(-input.numel() // tile.block))
 
     def steps(backend: str) -> list[tuple[str, str]]:

@@ -22,7 +22,7 @@ from torch.optim.sgd import sgd as eager_sgd
 from dlgpu import _checks, _dispatch
 from dlgpu._arrays import to_array, to_tensor
 from dlgpu.fallback import optimizers as arrays
-from dlgpu.kernels import configs
+from dlgpu.kernels import configs, tuning
 from dlgpu.kernels import optimizers as kernels
 
 __all__ = ["ADAGRAD", "ADAM", "ADAMW", "RMSPROP", "SGD", "Cache", "Extras", "Rule", "step"]
@@ -973,7 +973,7 @@ def _explain(
         found = [("_prologue_kernel", f"step counters and coefficients of {len(tensors)} tensors")]
         for dtype in dict.fromkeys(t.dtype for t in tensors):
             numels = [t.numel() for t in tensors if t.dtype is dtype]
-            tile = configs.optimizer_tile(dtype.itemsize, True)
+            tile = tuning.tile(tensors[0].device, configs.optimizer_tile, dtype.itemsize, True)
             chunks = sum(-(-n // tile.block) for n in numels)
             found.append(
                 (

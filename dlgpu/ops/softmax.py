@@ -11,7 +11,7 @@ import torch
 from dlgpu import _checks, _dispatch
 from dlgpu._arrays import to_array, to_tensor
 from dlgpu.fallback import softmax as arrays
-from dlgpu.kernels import configs
+from dlgpu.kernels import configs, tuning
 from dlgpu.kernels import softmax as kernels
 
 __all__ = ["log_softmax", "logsumexp", "softmax"]
@@ -290,13 +290,15 @@ def _explain(name: str, input: torch.Tensor, dim: Any) -> tuple[torch.Tensor, An
             how = "torch's own" if backend == "torch" else "NumPy or CuPy, by blocks of rows"
             return [("forward, backward", how)]
         if name == "logsumexp":
-            tile = configs.logsumexp_tile(input.dtype, C)
+            tile = tuning.tile(input.device, configs.logsumexp_tile, input.dtype, C)
             return [("_logsumexp_fwd_kernel", str(tile)), ("_logsumexp_bwd_kernel", str(tile))]
         found = []
         for kernel, backward in (("_softmax_fwd_kernel", False), ("_softmax_bwd_kernel", True)):
             # Of rows side by side.
             aligned = C * input.element_size() % 16 == 0
-            tile = configs.softmax_tile(input.dtype, C, backward, aligned)
+            tile = tuning.tile(
+                input.device, configs.softmax_tile, input.dtype, C, backward, aligned or backward
+            )
             times = "once" if tile.lanes * tile.vector >= C else "twice"
             found.append((kernel, f"{tile}; reads each row {times}"))
         return found
