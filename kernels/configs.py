@@ -703,12 +703,15 @@ def linear_cross_entropy_chunk(N: int, V: int, dtype: torch.dtype) -> int:
 
 
 def softmax_tile(dtype: torch.dtype, C: int, backward: bool = False, aligned: bool = True) -> RowTile:
-    """A whole row a program where it fits the registers: one read and one write. That is 32 elements a thread of 1024, half
-    of it backward, which holds two operands, and of float32 where rows are not `aligned` to 16 bytes and each element has an
-    address: beyond them registers spill. Longer rows go by steps of 8 elements a thread."""
+    """A whole row a program where it fits the registers: one read and one write. That is 32 elements a thread of 1024; half of
+    it backward, which holds two operands; half of either where rows are not `aligned` to 16 bytes and each element has an
+    address, but for 16-bit rows forward: beyond, registers spill. Longer rows go by steps of 8 elements a thread."""
     vector = VECTOR_BYTES // dtype.itemsize
     width = _power_of_2(C)
-    if width > (16384 if backward or (dtype is torch.float32 and not aligned) else 32768):
+    longest = 16384 if backward else 32768
+    if not aligned and (backward or dtype is torch.float32):
+        longest //= 2
+    if width > longest:
         return RowTile(1, 8192 // vector, vector, 32)
     vector = min(vector, width)
     block_m = min(max(1024 // width, 1), 32)

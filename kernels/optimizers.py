@@ -448,14 +448,15 @@ def layout(
     found: list[Launch] = []
     for (kind, scalar), tensors in members.items():
         rows = table[tensors]
-        widest = max(4 * kind[3], *(d.itemsize for d in kind[:3]))
+        states = sum(bool(rows[:, STATE0_COLUMN + i].any()) << i for i in range(3))
+        param, grad, state, masters = kind
+        widest = max(param.itemsize, grad.itemsize, state.itemsize if states else 0, 4 * masters)
         tile = tuning.tile(device, configs.optimizer_tile, widest, not scalar)
         counts = -(-rows[:, NUMEL_COLUMN] // tile.block)
         chunks = np.empty((int(counts.sum()), 2), np.int32)
         chunks[:, 0] = np.repeat(tensors, counts)
         chunks[:, 1] = np.arange(len(chunks)) - np.repeat(np.cumsum(counts) - counts, counts)
         if len(chunks):
-            states = sum(bool(rows[:, STATE0_COLUMN + i].any()) << i for i in range(3))
             found.append(Launch(_upload_once(chunks, device, kept), kind, states, tile))
     return found
 

@@ -285,7 +285,8 @@ def softmax_bwd(dy: torch.Tensor, y: torch.Tensor, log: bool) -> torch.Tensor:
     y = y.contiguous()
     dy = dy.reshape(-1, C)
     N = dy.shape[0]
-    tile = tuning.tile(y.device, configs.softmax_tile, y.dtype, C, True, True)
+    aligned = _aligned(dy, 16 // y.element_size())
+    tile = tuning.tile(y.device, configs.softmax_tile, y.dtype, C, True, aligned)
     launch(
         _softmax_bwd_kernel,
         (triton.cdiv(N, tile.block_m),),

@@ -440,7 +440,8 @@ def optimizer_case(
     aligned: bool = True,
 ) -> Case:
     """The parameter launch of a rule; a bit of `states` for each of the states that some tensor has."""
-    tile = configs.optimizer_tile(max(dtype.itemsize, state_dtype.itemsize, 4 * masters), aligned)
+    kept = state_dtype.itemsize if states else 0
+    tile = configs.optimizer_tile(max(dtype.itemsize, kept, 4 * masters), aligned)
     args = {
         "table_ptr": torch.int64,
         "chunk_ptr": torch.int32,

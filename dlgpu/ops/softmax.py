@@ -36,7 +36,7 @@ def softmax(
         TypeError: an argument's type or dtype does not fit.
 
     Saved for backward: y. One read and one write forward, two reads and one write backward; rows longer than 32768 (16384
-    backward, and in float32 where they do not lie on 16-byte boundaries) are read once more, from L2.
+    backward; half of it where they do not lie on 16-byte boundaries, but for 16-bit ones forward) are read once more, from L2.
 
     >>> softmax(torch.zeros(1, 4), -1)
     tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
@@ -296,9 +296,7 @@ def _explain(name: str, input: torch.Tensor, dim: Any) -> tuple[torch.Tensor, An
         for kernel, backward in (("_softmax_fwd_kernel", False), ("_softmax_bwd_kernel", True)):
             # Of rows side by side.
             aligned = C * input.element_size() % 16 == 0
-            tile = tuning.tile(
-                input.device, configs.softmax_tile, input.dtype, C, backward, aligned or backward
-            )
+            tile = tuning.tile(input.device, configs.softmax_tile, input.dtype, C, backward, aligned)
             times = "once" if tile.lanes * tile.vector >= C else "twice"
             found.append((kernel, f"{tile}; reads each row {times}"))
         return found
