@@ -211,6 +211,8 @@ def test_what_torch_lacks_stays():
 
 OPTIMIZERS = {
     "SGD": {"lr": 0.1},
+    "SGD maximize": {"lr": 0.1, "maximize": True},
+    "SGD weight decay": {"lr": 0.1, "weight_decay": 0.1},
     "SGD momentum": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
     "Adagrad": {"lr": 0.1, "lr_decay": 0.1},
     "RMSprop": {"lr": 0.1, "centered": True, "momentum": 0.5},

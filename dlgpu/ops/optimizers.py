@@ -32,6 +32,8 @@ Group = dict[str, Any]
 Tensors = Sequence[torch.Tensor]
 MASTER = "master_param"
 fused_sgd: Any = torch._fused_sgd_
+foreach_add: Any = torch._foreach_add_
+below_autograd: Any = torch._C._AutoDispatchBelowAutograd
 # torch.nn.utils.clip_grad_norm_ divides by the norm plus this.
 CLIP_EPS = 1e-6
 
@@ -329,7 +331,7 @@ def _hyper(rule: Rule, group: Group) -> _Hyper:
         elif name == "decoupled_weight_decay":
             options["decoupled"] = value
         else:
-            options[name] = _number(rule, name, value)
+            options[name] = _number(rule, name, value) if isinstance(value, torch.Tensor) else value
     lr = group["lr"]
     if not isinstance(lr, torch.Tensor):
         return _Hyper(float(lr), None, options)
@@ -847,6 +849,8 @@ class _TorchPart(_Part):
         self.started = {
             where[0] for _, where, columns in self.groups if self._direct and columns and not columns[1]
         }
+        # Of those, groups without momentum.
+        self.plain = set(self.started)
 
     @property
     def _direct(self) -> bool:
@@ -877,8 +881,15 @@ class _TorchPart(_Part):
         if amp.found_inf is not None and amp.found_inf.item():
             return
         for member, where, columns in self.groups:
-            options = self._options(where, hyper[member])
             found = grads if len(where) == len(grads) else [grads[n] for n in where]
+            lr, lr_tensor, given = hyper[member]
+            if where[0] in self.plain and lr_tensor is None and not given["weight_decay"]:
+                # A sum is all there is. Torch's fused kernel takes as long, and longer where it waits for threads or memory.
+                assert columns is not None
+                with below_autograd():
+                    foreach_add(columns[0], found, alpha=lr if given["maximize"] else -lr)
+                continue
+            options = self._options(where, hyper[member])
             if columns is not None and where[0] in self.started:
                 # At once, below autograd: in a small step, what torch's function does around this takes as long.
                 fused_sgd(columns[0], found, columns[1], is_first_step=False, **options)
