@@ -230,6 +230,7 @@ def compile_for(
     num_stages: int = 3,
     divisible_by_16: Iterable[str] = (),
     enable_fp_fusion: bool = True,
+    again: bool = False,
     **options: Any,
 ) -> MachineCode:
     """Compile a kernel for one of CAPABILITIES, with no GPU, and read what came out.
@@ -242,6 +243,7 @@ def compile_for(
             A constexpr parameter's default is used where it is missing.
         divisible_by_16: parameters whose value (a pointer's address) is a multiple of 16; without it there
             are no wide loads.
+        again: where registers spill, read what `_triton.launch` compiles from the second time on.
         options: further options of Triton's compiler, such as maxnreg.
 
     Raises:
@@ -263,8 +265,7 @@ def compile_for(
     options |= {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
     target = GPUTarget("cuda", capability, 32)
     code = read(triton.compile(source, target=target, options=options), capability)
-    if code.spills and options.get("maxnreg") is None:
-        # As `_triton.launch` does from the second time on.
+    if again and code.spills and options.get("maxnreg") is None:
         options["maxnreg"] = most_registers(num_warps)
         code = read(triton.compile(source, target=target, options=options), capability)
     return code

@@ -134,7 +134,7 @@ _spilled: dict[Any, set[frozenset[Any]]] = {}
 
 def _run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> None:
     """Launches, and from the second time on lets a thread have all the registers there are where the machine code spilled:
-    unasked, the assembler aims at more threads a multiprocessor, and on 10.0 one variant in a hundred spills for that."""
+    unasked, the assembler aims at more threads a multiprocessor, and on 10.0 above all a few variants spill for that."""
     if kernel in _spilled and frozenset(meta.items()) in _spilled[kernel]:
         meta["maxnreg"] = most_registers(meta.get("num_warps", 4))
     compiled = kernel[grid](*args, **meta)

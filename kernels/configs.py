@@ -2,7 +2,8 @@
 
 No number here was tuned on a GPU yet. They come from the machine code: tiles that compile with no spilled register, and with
 shared memory within the limit, on capabilities 7.5, 8.0, 8.6, 8.9, 9.0, 10.0 and 12.0. `make test` checks both for chosen
-entries, `make sweep` for each that can be reached. Tables measured on a card (tuned/) come first, through tuning.py.
+entries, `make sweep` for each that can be reached; some of those spill at their first launch, and only there (`_triton._run`).
+Tables measured on a card (tuned/) come first, through tuning.py.
 """
 
 from __future__ import annotations
